@@ -1,0 +1,6 @@
+"""`python -m opdsl` is `opdsl`."""
+
+from opdsl.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What commands share: showing diagnostics and finding specs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import click
+
+from opdsl.compilation import Compilation
+from opdsl.diagnostics import CompileError, Diagnostic
+from opdsl.source import Source
+
+
+def show(diagnostics: Iterable[Diagnostic], format: str = "text", stream=None) -> None:
+    """Print reports: text to stderr by default, in colour only on a terminal."""
+    from opdsl.render import render, wants_color
+
+    stream = stream or sys.stderr
+    text = render(tuple(diagnostics), format, wants_color(stream))
+    if text:
+        print(text, file=stream)
+
+
+def source_of(name: str) -> Source:
+    """A file, a shipped spec's name, or `-` for standard input. Raises CompileError."""
+    if name == "-":
+        return Source("<stdin>", sys.stdin.read())
+    from opdsl.method import find_spec
+    from opdsl.syntax import read_source
+
+    path = find_spec(name)
+    return read_source(path, display(path))
+
+
+def display(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)
+
+
+def settings(pairs: Iterable[str]) -> dict[str, object]:
+    """`--set k=v` options. Raises click.UsageError for anything else."""
+    out: dict[str, object] = {}
+    for pair in pairs:
+        key, sep, value = pair.partition("=")
+        if not sep or not key.strip() or not value.strip():
+            raise click.UsageError(f"--set takes name=value, got {pair!r}")
+        from opdsl.syntax.keywords import canonical
+
+        out[canonical(key.strip())] = value.strip()
+    return out
+
+
+def compiled(name: str, set_: Mapping[str, object], method: str | None = None) -> Compilation:
+    """A compilation without errors, warnings shown. Raises CompileError."""
+    compilation = Compilation(source_of(name), method, set_)
+    if compilation.errors:
+        raise CompileError([d for d in compilation.diagnostics if d.overridden is None])
+    return compilation

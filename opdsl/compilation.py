@@ -1,0 +1,161 @@
+"""The driver: one object per method, one cached property per phase.
+
+text -> tree -> flat method -> typed spec -> program -> {emitted passes, oracle, formula, passport}.
+Every caller (command line, Python, editor) goes through it; phases import what they need lazily,
+so that `check` never loads torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opdsl.diagnostics import CompileError, Diagnostic, Report, Severity
+from opdsl.source import Source
+
+if TYPE_CHECKING:
+    from opdsl.ir.program import Program
+    from opdsl.meaning.names import Loader, Scope
+    from opdsl.meaning.spec import Spec
+    from opdsl.syntax import tree
+
+
+class Compilation:
+    """One method of one source. `method` picks by name; the default is the last in the file."""
+
+    def __init__(
+        self,
+        source: Source,
+        method: str | None = None,
+        settings: Mapping[str, object] | None = None,
+    ):
+        self.source, self.wanted, self.settings = source, method, dict(settings or {})
+        self.report = Report()
+
+    # -- text to tree ----------------------------------------------------------------------
+    @cached_property
+    def _loaded(self) -> tuple[Loader, Scope, tree.File | None]:
+        from opdsl.meaning.names import Loader
+        from opdsl.resources import specs
+        from opdsl.syntax import parse, read_source
+
+        loader = Loader(parse, read_source, specs(), self.report)
+        scope, file = loader.load_main(self.source)
+        return loader, scope, file
+
+    @property
+    def tree(self) -> tree.File | None:
+        return self._loaded[2]
+
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods the file defines itself."""
+        _, scope, _ = self._loaded
+        return tuple(n for n, (_, s) in scope.methods.items() if s is scope)
+
+    # -- tree to spec ----------------------------------------------------------------------
+    @cached_property
+    def spec(self) -> Spec | None:
+        """None when an error stands in the way (see `diagnostics`)."""
+        from opdsl.meaning.access import check_access
+        from opdsl.meaning.structure import Elaboration
+
+        loader, scope, file = self._loaded
+        if file is None or not self.methods:
+            self._no_method(file)
+            return None
+        name = self.wanted or self.methods[-1]
+        if name not in self.methods:
+            from opdsl.codes import make
+            from opdsl.meaning.names import closest
+
+            near = closest(name, self.methods)
+            self.report.add(
+                make(
+                    "OPD109",
+                    file.span,
+                    f"{self.source.name} defines no method named `{name}`",
+                    f"did you mean `{near}`?" if near else "unknown method",
+                    notes=[f"it defines: {', '.join(self.methods)}"],
+                )
+            )
+            return None
+        decl, _ = scope.methods[name]
+        elaboration = Elaboration(self.report, loader.std(), self.settings)
+        spec = elaboration.method(decl, scope, scope.runs)
+        if spec is not None:
+            check_access(spec, self.report)
+        return spec
+
+    def _no_method(self, file: tree.File | None) -> None:
+        if file is not None and not self.report.failed:
+            from opdsl.codes import make
+
+            defs = [i for i in file.items]
+            if defs:
+                return  # a library of definitions
+            self.report.add(
+                make(
+                    "OPD303",
+                    file.span,
+                    "this file defines no method",
+                    "nothing to compile",
+                    helps=["`opdsl new my_method` writes a starting point"],
+                )
+            )
+
+    @cached_property
+    def program(self) -> Program | None:
+        from opdsl.ir.program import lower
+
+        return lower(self.spec) if self.spec is not None and not self.report.failed else None
+
+    # -- checks ------------------------------------------------------------------------------
+    @cached_property
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """Everything there is to say, errors first in file order; overridden ones included."""
+        _ = self.spec
+        if self.spec is not None and not self.report.failed:
+            from opdsl.passport.bias import boundaries
+
+            boundaries(self.spec, self.program, self.report)
+            self._apply_overrides()
+        return tuple(sorted(self.report.items, key=_order))
+
+    def _apply_overrides(self) -> None:
+        from opdsl.passport.bias import apply_acceptances
+
+        assert self.spec is not None
+        apply_acceptances(self.spec, self.report)
+
+    @property
+    def errors(self) -> tuple[Diagnostic, ...]:
+        return tuple(
+            d for d in self.diagnostics if d.severity is Severity.ERROR and d.overridden is None
+        )
+
+    def require(self) -> tuple[Spec, Program]:
+        """Spec and program, or CompileError with every diagnostic."""
+        if self.errors or self.spec is None or self.program is None:
+            raise CompileError(self.errors or self.diagnostics)
+        return self.spec, self.program
+
+    # -- program to code -----------------------------------------------------------------------
+    @cached_property
+    def emitted(self) -> Any:
+        from opdsl.emit.module import emit
+
+        return emit(self.require()[1])
+
+    def dump_ir(self) -> str:
+        from opdsl.ir.dump import dump
+
+        return dump(self.require()[1])
+
+
+def _order(d: Diagnostic) -> tuple:
+    rank = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
+    span = d.primary.span
+    return rank[d.severity], span.source.name, span.start, d.code

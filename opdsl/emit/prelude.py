@@ -1,0 +1,305 @@
+"""Run-time functions of emitted modules: the text of this file is part of every emitted file.
+
+Legend: B sequences, N rows (response tokens of the batch), n rows of one block, K entries of an
+index set, V vocabulary. An index set is (ids [n, K], valid [n, K]); None is the whole vocabulary.
+"""
+
+import math
+
+import torch
+
+FLOOR = -1e30  # log-probability of an impossible entry: finite, so that 0 * log 0 = 0
+TAIL_FLOOR = -13.815510557964274  # log 1e-6, the least mass of a tail bin
+
+
+class Dense:
+    """A distribution given by logits [n, V] (float32 or float64) at sampled tokens [n]."""
+
+    def __init__(self, logits, y):
+        self.z, self.y = logits, y
+        self._lse = None
+
+    @property
+    def lse(self):
+        if self._lse is None:
+            self._lse = torch.logsumexp(self.z, -1, keepdim=True)
+        return self._lse
+
+    def tempered(self, temperature):
+        return self if temperature == 1.0 else Dense(self.z / temperature, self.y)
+
+    def full(self):
+        return (self.z - self.lse).clamp_min_(FLOOR)
+
+    def at(self, ids):
+        return (self.z.gather(1, ids) - self.lse).clamp_min_(FLOOR)
+
+    def at_y(self):
+        return self.at(self.y[:, None]).squeeze(1)
+
+    def top(self, k):
+        logits, ids = self.z.topk(min(k, self.z.shape[1]), -1)
+        return ids, (logits - self.lse) > FLOOR / 2
+
+    def top_p(self, p, k):
+        logits, ids = self.z.topk(min(k, self.z.shape[1]), -1)
+        prob = (logits - self.lse).exp()
+        return ids, prob.cumsum(-1) - prob < p
+
+
+class Sparse:
+    """What a served teacher gives: its top K (ids, log-probabilities) and the sampled token's."""
+
+    def __init__(self, ids, logp, logp_y, y):
+        self.ids, self.logp, self.logp_y, self.y = ids, logp, logp_y, y
+
+    def tempered(self, temperature):
+        if temperature != 1.0:
+            raise ValueError("a tempered teacher needs full logits")
+        return self
+
+    def full(self):
+        raise ValueError("this method reads the teacher's full distribution; only its top is given")
+
+    def at(self, ids):
+        out = torch.full_like(ids, FLOOR, dtype=(self.logp if self.logp is not None else self.logp_y).dtype)
+        if self.logp_y is not None:
+            out = torch.where(ids == self.y[:, None], self.logp_y[:, None], out)
+        if self.ids is not None:
+            for k in range(self.ids.shape[1]):
+                out = torch.where(ids == self.ids[:, k : k + 1], self.logp[:, k : k + 1], out)
+        return out
+
+    def at_y(self):
+        if self.logp_y is None:
+            raise ValueError("this method reads the teacher at the sampled token: pass teacher_logprobs")
+        return self.logp_y
+
+    def top(self, k):
+        if self.ids is None:
+            raise ValueError("this method reads the teacher's top tokens: pass teacher_topk_ids")
+        ids = self.ids[:, :k]
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+# ---- index sets --------------------------------------------------------------------------------
+
+
+def member(ids, s):
+    """Whether ids [n, K] lie in a set."""
+    if s is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    hit = torch.zeros_like(ids, dtype=torch.bool)
+    for k in range(s[0].shape[1]):
+        hit |= (ids == s[0][:, k : k + 1]) & s[1][:, k : k + 1]
+    return hit
+
+
+def union(*sets):
+    """Entries of any set, each once."""
+    ids, valid = sets[0]
+    for other, ok in sets[1:]:
+        fresh = ok & ~member(other, (ids, valid))
+        ids, valid = torch.cat([ids, other], 1), torch.cat([valid, fresh], 1)
+    return ids, valid
+
+
+def intersection(first, *others):
+    ids, valid = first
+    for s in others:
+        valid = valid & member(ids, s)
+    return ids, valid
+
+
+def with_bin(s):
+    """A set with one more entry for everything else."""
+    ids, valid = s
+    return torch.cat([ids, torch.full_like(ids[:, :1], -1)], 1), torch.cat(
+        [valid, torch.ones_like(valid[:, :1])], 1
+    )
+
+
+def add_bin(x, s):
+    """Log-probabilities [n, K] and the log of the remaining mass, floored."""
+    lse = torch.logsumexp(x.masked_fill(~s[1], FLOOR), 1)
+    rest = -torch.expm1(lse)
+    tail = torch.where(rest > math.exp(TAIL_FLOOR), rest.clamp_min(math.exp(TAIL_FLOOR)).log(), TAIL_FLOOR)
+    return torch.cat([x, tail.to(x.dtype)[:, None]], 1)
+
+
+def entries(x, s, fill, n, v):
+    """A value on the entries of a set: [n, K] (or [n, V]), `fill` at entries not valid."""
+    if not torch.is_tensor(x):
+        x = torch.as_tensor(x)
+    x = x[:, None] if x.dim() == 1 else x
+    if s is None:
+        return x.expand(n, v)
+    return torch.where(s[1], x, fill)
+
+
+def put(x, s, n, v):
+    """Adjoint of a gather: [n, K] -> [n, V]."""
+    x = entries(x, s, 0.0, n, v)
+    return torch.zeros(n, v, dtype=x.dtype, device=x.device).scatter_add_(1, s[0], x)
+
+
+def softmax_adjoint(dist, temperature, at_y, at_sets, dense):
+    """dL/dz [n, V] from dL/dlog p: g - (sum g) p, over the temperature (theory 3.3)."""
+    scaled = dist.tempered(temperature)
+    z, lse = scaled.z, scaled.lse
+    n, v = z.shape
+    p = (z - lse).exp_()
+    total = torch.zeros(n, 1, dtype=z.dtype, device=z.device)
+    pieces = []
+    if at_y is not None:
+        x = torch.as_tensor(at_y, dtype=z.dtype, device=z.device).expand(n)[:, None]
+        pieces.append((dist.y[:, None], x))
+    for s, x in at_sets:
+        pieces.append((s[0], entries(x, s, 0.0, n, v).to(z.dtype)))
+    for _, x in pieces:
+        total = total + x.sum(1, keepdim=True)
+    if dense is not None:
+        dense = entries(dense, None, 0.0, n, v).to(z.dtype)
+        total = total + dense.sum(1, keepdim=True)
+    out = p.mul_(-total)
+    if dense is not None:
+        out += dense
+    for ids, x in pieces:
+        out.scatter_add_(1, ids, x.expand(ids.shape))
+    return out if temperature == 1.0 else out.div_(temperature)
+
+
+# ---- arithmetic --------------------------------------------------------------------------------
+
+
+def log(x):
+    if not torch.is_tensor(x):
+        return math.log(x) if x > 0 else FLOOR
+    return torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), FLOOR)
+
+
+def schedule(kind, start, stop, over, step, total):
+    """A number that moves with the step."""
+    span = total if over is None else over
+    x = min(max(step / span, 0.0), 1.0)
+    if kind == "cosine":
+        x = 0.5 * (1.0 - math.cos(math.pi * x))
+    return start + (stop - start) * x
+
+
+def where(test, yes, no, like):
+    """torch.where for any mix of numbers and tensors."""
+    if not torch.is_tensor(test):
+        return yes if test else no
+    yes = torch.as_tensor(yes, dtype=like, device=test.device)
+    no = torch.as_tensor(no, dtype=like, device=test.device)
+    return torch.where(test, yes, no)
+
+
+# ---- coupling along and across sequences (batch passes) ------------------------------------------
+
+
+class Coupling:
+    """Where rows sit: seq [N], pos [N], length [B], group [B]."""
+
+    def __init__(self, seq, pos, length, group):
+        self.seq, self.pos, self.length = seq, pos, length
+        self.group = torch.unique(group, return_inverse=True)[1] if group.numel() else group
+        self.n, self.b = seq.numel(), length.numel()
+        self.t = int(length.max()) if self.b else 0
+
+    def pad(self, x):
+        """[N] -> [B, T], zero beyond the end."""
+        out = torch.zeros(self.b, self.t, dtype=x.dtype, device=x.device)
+        out[self.seq, self.pos] = x
+        return out
+
+    def unpad(self, x):
+        return x[self.seq, self.pos]
+
+    def rows(self, x, like):
+        """A number or [N] as [N]."""
+        return torch.as_tensor(x, dtype=like, device=self.seq.device).expand(self.n)
+
+    def seqs(self, x, like):
+        return torch.as_tensor(x, dtype=like, device=self.seq.device).expand(self.b)
+
+    def per_seq(self, x):
+        """[N] that is constant along each sequence -> [B]."""
+        if x.dim() == 0:
+            return x
+        return torch.zeros(self.b, dtype=x.dtype, device=x.device).index_put_((self.seq,), x)
+
+    def sum_t(self, x):
+        return torch.zeros(self.b, dtype=x.dtype, device=x.device).index_add_(0, self.seq, x)
+
+    def scan(self, a, c):
+        """G[t] = a[t] + c[t] G[t+1]."""
+        a, c = self.pad(a), self.pad(c)
+        out = torch.empty_like(a)
+        after = torch.zeros(self.b, dtype=a.dtype, device=a.device)
+        for t in range(self.t - 1, -1, -1):
+            after = a[:, t] + c[:, t] * after
+            out[:, t] = after
+        return self.unpad(out)
+
+    def scan_fwd(self, a, c):
+        """G[t] = a[t] + c[t-1] G[t-1]."""
+        a, c = self.pad(a), self.pad(c)
+        out = torch.empty_like(a)
+        before = torch.zeros(self.b, dtype=a.dtype, device=a.device)
+        for t in range(self.t):
+            out[:, t] = a[:, t] + before
+            before = c[:, t] * out[:, t]
+        return self.unpad(out)
+
+    def shift(self, x, k, boot=None):
+        """Value k tokens later; 0 (or the bootstrap, at the first step past the end) beyond."""
+        where_to = self.pos + k
+        inside = (where_to >= 0) & (where_to < self.length[self.seq])
+        padded = self.pad(x)
+        out = padded[self.seq, where_to.clamp(0, max(self.t - 1, 0))]
+        out = torch.where(inside, out, torch.zeros_like(out))
+        if boot is not None:
+            out = torch.where(where_to == self.length[self.seq], boot[self.seq], out)
+        return out
+
+    def _key(self, by_group):
+        key = self.pos
+        return self.group[self.seq] * max(self.t, 1) + key if by_group else key
+
+    def _sum_by(self, x, key):
+        size = int(key.max()) + 1 if key.numel() else 0
+        return torch.zeros(size, dtype=x.dtype, device=x.device).index_add_(0, key, x)[key]
+
+    def _max_by(self, x, key):
+        size = int(key.max()) + 1 if key.numel() else 0
+        out = torch.full((size,), FLOOR, dtype=x.dtype, device=x.device)
+        return out.scatter_reduce_(0, key, x, "amax")[key]
+
+    def group_sum(self, x):
+        return self._sum_by(x, self.group)
+
+    def group_max(self, x):
+        return self._max_by(x, self.group)
+
+    def others_sum(self, x):
+        return self.group_sum(x) - x
+
+    def group_sum_rows(self, x):
+        return self._sum_by(x, self._key(True))
+
+    def group_max_rows(self, x):
+        return self._max_by(x, self._key(True))
+
+    def others_sum_rows(self, x):
+        return self.group_sum_rows(x) - x
+
+    def position_sum(self, x):
+        return self._sum_by(x, self._key(False))
+
+    def quantile(self, x, share):
+        x = x.sort().values
+        at = share * (x.numel() - 1)
+        low, high = int(math.floor(at)), int(math.ceil(at))
+        return torch.lerp(x[low], x[high], at - low)

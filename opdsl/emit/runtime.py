@@ -1,0 +1,391 @@
+"""Runs emitted passes over a batch: logits as they are, or hidden states through the fused head.
+
+The passes are text (see `module.py`); this file feeds them rows, hands numbers from pass to pass
+and turns the last pass's cotangent into a gradient. Splitting the batch changes nothing: batch
+passes always see the whole batch (`prepare`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opdsl.emit import prelude
+from opdsl.emit.batch import Batch, BatchError, DenseDist, HiddenDist, SparseDist
+from opdsl.emit.kernels.linear_rowwise import linear_rowwise
+from opdsl.emit.module import Emitted, _mangle, check, function_name, input_key, key
+from opdsl.emit.routed import add_routed, resolve
+from opdsl.ir.program import Program
+from opdsl.ir.stages import Stage, Staged
+from opdsl.meaning.quantity import Axis
+
+Numbers = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """loss: scalar, differentiable w.r.t. what the batch was made from. metrics: plain numbers."""
+
+    loss: Tensor
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Values of earlier passes for one micro-batch, by part ("main", "golden")."""
+
+    imports: Mapping[str, Numbers]
+
+
+def load(text: str) -> dict[str, object]:
+    """The functions of emitted passes. The text is checked against a short list of syntax first."""
+    check(text)
+    space: dict[str, object] = {k: v for k, v in vars(prelude).items() if not k.startswith("__")}
+    exec(compile(text, "<opdsl emitted>", "exec"), space)
+    return space
+
+
+class LossModule(nn.Module):
+    """The loss of a method: `module(batch)`; for micro-batches see `prepare`."""
+
+    def __init__(self, program: Program, emitted: Emitted):
+        super().__init__()
+        self.program, self.emitted = program, emitted
+        self.functions = load(emitted.text)
+
+    @property
+    def needs_prepare(self) -> bool:
+        """Whether rows are coupled through statistics of the live student."""
+        return any(s.coupled for s in self.emitted.staged)
+
+    # -- public ----------------------------------------------------------------------------
+    def forward(self, batch: Batch, context: Context | None = None) -> LossResult:
+        """Loss and metrics; with a context, this part's share of the whole batch's loss."""
+        if context is None:
+            (context,) = self.prepare([batch])
+        total: Tensor | None = None
+        metrics: dict[str, float] = {}
+        for staged in self.emitted.staged:
+            rows = self._rows_of(batch, staged)
+            if rows is None:
+                continue
+            value, found = self._last(staged, rows, context.imports[staged.rows])
+            total = value if total is None else total + value
+            metrics.update(found)
+        if total is None:
+            total = _zero(batch)
+        metrics = {"loss": float(total.detach()), **metrics}
+        return LossResult(total, metrics)
+
+    def prepare(self, parts: Sequence[Batch]) -> list[Context]:
+        """Contexts of micro-batches: every pass but the last, over all of them together."""
+        contexts: list[dict[str, Numbers]] = [{} for _ in parts]
+        with torch.no_grad():
+            for staged in self.emitted.staged:
+                rows = [self._rows_of(p, staged) for p in parts]
+                present = [(i, r) for i, r in enumerate(rows) if r is not None]
+                stores: list[Numbers] = [{} for _ in present]
+                for st in staged.stages[:-1]:
+                    if st.kind == "rows":
+                        for store, (_, r) in zip(stores, present):
+                            store.update(self._score(staged, st, r, store))
+                    else:
+                        self._couple(staged, st, [r for _, r in present], stores)
+                for store, (i, _) in zip(stores, present):
+                    contexts[i][staged.rows] = store
+        return [Context(c) for c in contexts]
+
+    # -- passes ------------------------------------------------------------------------------
+    def _rows_of(self, batch: Batch, staged: Staged) -> Batch | None:
+        rows = batch if staged.rows == "main" else batch.golden
+        return None if rows is None else add_routed(rows, self.program.spec.routed)
+
+    def _function(self, staged: Staged, st: Stage):
+        return self.functions[function_name(staged.rows, st)]
+
+    def _couple(
+        self, staged: Staged, st: Stage, rows: list[Batch], stores: list[Numbers]
+    ) -> None:
+        """A batch pass over all micro-batches; its exports go back to each."""
+        like = _dtype(rows[0]) if rows else torch.float32
+        seq, length, group, pos = [], [], [], []
+        start = 0
+        for r in rows:
+            seq.append(r.layout.seq_N + start)
+            start += r.layout.n_seqs
+            length.append(r.layout.length_B)
+            group.append(r.layout.group_B)
+            pos.append(r.layout.pos_N)
+        coupling = prelude.Coupling(
+            torch.cat(seq), torch.cat(pos), torch.cat(length), torch.cat(group)
+        )
+        x: dict[str, object] = {"step": float(rows[0].step), "total_steps": float(rows[0].total_steps)}
+        for n in st.imports:
+            found = [s[key(n)] for s in stores]
+            x[key(n)] = found[0] if n.q.axis is Axis.CONST else torch.cat([_like(f, like) for f in found])
+        for n in st.nodes:
+            if n.op == "input" and n.attr("name") not in ("one", "step"):
+                for k in _keys(n):
+                    x[k] = torch.cat([seq_input(r, n, k, like) for r in rows])
+        out = self._function(staged, st)(coupling, x, like)  # type: ignore[operator]
+        exports = {key(n): n for n in st.exports}
+        offset = 0
+        for r, store in zip(rows, stores):
+            size = r.layout.n_rows
+            for k, value in out.items():
+                whole = exports[k].q.axis is Axis.CONST
+                tensor = torch.as_tensor(value, device=r.tokens_N.device)
+                store[k] = tensor if whole or tensor.dim() == 0 else tensor[offset : offset + size]
+            offset += size
+
+    def _score(self, staged: Staged, st: Stage, batch: Batch, store: Numbers) -> Numbers:
+        """A row pass that only measures."""
+        fn = self._function(staged, st)
+        inputs = row_inputs(batch, st, store)
+        if not _is_hidden(batch):
+            d = dense_dists(batch, st, inputs["y"])
+            out = fn(d, {**_scalars(batch, store, st), **inputs}, _dtype(batch))  # type: ignore[operator]
+            return {k: _expand(v, batch) for k, v in out.items()}
+        scalars = _scalars(batch, store, st)
+
+        def program(logits: dict[str, Tensor], rows: dict[str, Tensor]):
+            d = _dists(logits, rows, batch, st)
+            found = fn(d, {**scalars, **rows}, logits["student"].dtype)  # type: ignore[operator]
+            size = rows["y"].numel()
+            out = {k: torch.as_tensor(v).expand(size) for k, v in found.items()}
+            return torch.zeros(size), None, out
+
+        _, _, extras = self._sweep(batch, st, program, inputs)
+        return extras
+
+    def _last(
+        self, staged: Staged, batch: Batch, store: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
+        st = staged.last
+        fn = self._function(staged, st)
+        inputs = row_inputs(batch, st, store)
+        scalars = _scalars(batch, store, st)
+        if batch.layout.n_rows == 0:
+            return _zero(batch), {}
+        if _is_hidden(batch):
+
+            def program(logits: dict[str, Tensor], rows: dict[str, Tensor]):
+                d = _dists(logits, rows, batch, st)
+                value, dz, extra = fn(d, {**scalars, **rows}, logits["student"].dtype)  # type: ignore[operator]
+                size = rows["y"].numel()
+                spread = {k: torch.as_tensor(v).expand(size) for k, v in extra.items()}
+                return torch.as_tensor(value).expand(size), dz, spread
+
+            total, _, extras = self._sweep(batch, st, program, inputs)
+            return total, _metrics(staged, extras, batch)
+        with torch.no_grad():
+            d = dense_dists(batch, st, inputs["y"])
+            value, dz, extras = fn(d, {**scalars, **inputs}, _dtype(batch))  # type: ignore[operator]
+            value = _expand(value, batch)
+        student = batch.dists["student"]
+        assert isinstance(student, DenseDist)
+        total = _WithGradient.apply(student.logits_NV, value.sum(), dz)
+        return total, _metrics(staged, {k: _expand(v, batch) for k, v in extras.items()}, batch)
+
+    def _sweep(self, batch: Batch, st: Stage, program, inputs: Numbers):
+        """`linear_rowwise` with every distribution this pass reads."""
+        student = batch.dists["student"]
+        assert isinstance(student, HiddenDist)
+        others: dict[str, object] = {}
+        rows = dict(inputs)
+        for name in _read_dists(st):
+            d = batch.dists[resolve(batch, name)]
+            if isinstance(d, DenseDist):
+                others[name] = d.logits_NV
+            elif isinstance(d, HiddenDist):
+                others[name] = (d.hidden_NH, d.head)
+            else:
+                rows.update(_sparse_rows(name, d))
+        return linear_rowwise(student.hidden_NH, student.head, program, rows=rows, others=others)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A scalar whose gradient w.r.t. the logits is already known."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, total: Tensor, dz: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*(() if dz is None else (dz,)))
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        if not ctx.saved_tensors:
+            return torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device), None, None
+        (dz,) = ctx.saved_tensors
+        return (dz * grad).to(ctx.dtype), None, None
+
+
+# ---- inputs -------------------------------------------------------------------------------------
+
+
+def _zero(batch: Batch) -> Tensor:
+    """0 that is still connected to the student."""
+    d = batch.dists["student"]
+    x = d.logits_NV if isinstance(d, DenseDist) else d.hidden_NH  # type: ignore[union-attr]
+    return x.sum() * 0.0 if x.numel() == 0 else (x[:0].sum())
+
+
+def _is_hidden(batch: Batch) -> bool:
+    return isinstance(batch.dists["student"], HiddenDist)
+
+
+def _dtype(batch: Batch) -> torch.dtype:
+    """float64 stays; everything narrower is computed in float32 (semantics §6)."""
+    d = batch.dists["student"]
+    x = d.logits_NV if isinstance(d, DenseDist) else d.hidden_NH  # type: ignore[union-attr]
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _expand(x: object, batch: Batch) -> Tensor:
+    return torch.as_tensor(x, device=batch.tokens_N.device).expand(batch.layout.n_rows)
+
+
+def _read_dists(st: Stage) -> list[str]:
+    names = {str(n.attr("dist")) for n in st.nodes if n.op == "logp"}
+    return sorted(names - {"student"})
+
+
+def dense_dists(batch: Batch, st: Stage, y: Tensor) -> dict[str, object]:
+    """Distributions of a pass from full logits (or a served teacher's lists)."""
+    like = _dtype(batch)
+    student = batch.dists["student"]
+    assert isinstance(student, DenseDist)
+    out: dict[str, object] = {"student": prelude.Dense(student.logits_NV.detach().to(like), y)}
+    for name in _read_dists(st):
+        d = batch.dists[resolve(batch, name)]
+        if isinstance(d, DenseDist):
+            out[_mangle(name)] = prelude.Dense(d.logits_NV.detach().to(like), y)
+        elif isinstance(d, SparseDist):
+            out[_mangle(name)] = prelude.Sparse(
+                d.ids_NK,
+                None if d.logp_NK is None else d.logp_NK.to(like),
+                None if d.logp_N is None else d.logp_N.to(like),
+                y,
+            )
+        else:
+            raise BatchError("hidden states of a teacher need the student's hidden states too")
+    return out
+
+
+def _sparse_rows(name: str, d: SparseDist) -> Numbers:
+    out: Numbers = {}
+    for part, x in (("ids", d.ids_NK), ("logp", d.logp_NK), ("logp_y", d.logp_N)):
+        if x is not None:
+            out[f"sparse:{name}:{part}"] = x
+    return out
+
+
+def _dists(
+    logits: dict[str, Tensor], rows: dict[str, Tensor], batch: Batch, st: Stage
+) -> dict[str, object]:
+    """Distributions of one block in the fused sweep."""
+    y = rows["y"]
+    out: dict[str, object] = {"student": prelude.Dense(logits["student"], y)}
+    for name in _read_dists(st):
+        if name in logits:
+            out[_mangle(name)] = prelude.Dense(logits[name], y)
+        else:
+            ids, lp, s = (rows.get(f"sparse:{name}:{p}") for p in ("ids", "logp", "logp_y"))
+            out[_mangle(name)] = prelude.Sparse(
+                ids, None if lp is None else lp.float(), None if s is None else s.float(), y
+            )
+    return out
+
+
+def _keys(n) -> tuple[str, ...]:
+    k = input_key(n)
+    return (k, f"boot_{k}") if n.attr("name") == "values" else (k,)
+
+
+def seq_input(batch: Batch, n, k: str, like: torch.dtype) -> Tensor:
+    """An input in its own layout: [B] for sequence values, [N] for token values."""
+    lay, name = batch.layout, n.attr("name")
+    if name == "length":
+        return lay.length_B.to(like)
+    if name == "position":
+        return lay.pos_N.to(like)
+    if name == "outcome":
+        if batch.outcome_B is None:
+            raise BatchError("this method reads `outcome`: pass the verifier's result [B]")
+        return batch.outcome_B.to(like)
+    if name == "rollout_logp":
+        return _rollout(batch).to(like)
+    if name == "special":
+        if batch.special_N is None:
+            return torch.zeros(lay.n_rows, dtype=torch.bool, device=lay.seq_N.device)
+        return batch.special_N
+    if name == "field":
+        if batch.prompt is None:
+            raise BatchError(f"this method reads prompt.{n.attr('field')}: pass `prompt`")
+        hits = [str(p.get(n.attr("field"))) == n.attr("equals") for p in batch.prompt]
+        return torch.tensor(hits, dtype=torch.bool, device=lay.seq_N.device)
+    assert name == "values", name
+    critic = str(n.attr("critic"))
+    found = batch.values.get(critic, batch.values.get(""))
+    if found is None:
+        raise BatchError(f"this method reads the critic {critic!r}: pass `values` [B, T + 1]")
+    return found[1 if k.startswith("boot_") else 0].to(like)
+
+
+def _rollout(batch: Batch) -> Tensor:
+    """Log-probabilities under the sampling policy; the student's own, detached, by default."""
+    if batch.rollout_N is not None:
+        return batch.rollout_N
+    d = batch.dists["student"]
+    if isinstance(d, DenseDist):
+        z = d.logits_NV.detach().to(_dtype(batch))
+        return prelude.Dense(z, batch.tokens_N).at_y()
+    from opdsl.emit.kernels.linear_logprobs import linear_logprobs
+
+    assert isinstance(d, HiddenDist)
+    with torch.no_grad():
+        logp, _, _ = linear_logprobs(d.hidden_NH, d.head, batch.tokens_N[:, None])
+    return logp.squeeze(1)
+
+
+def row_inputs(batch: Batch, st: Stage, store: Mapping[str, Tensor]) -> Numbers:
+    """Per-row tensors of a pass: sampled tokens, inputs, and what earlier passes computed."""
+    like = _dtype(batch)
+    out: Numbers = {"y": batch.tokens_N}
+    for n in st.nodes:
+        if n.op != "input" or n.attr("name") in ("one", "step"):
+            continue
+        x = seq_input(batch, n, input_key(n), like)
+        out[input_key(n)] = x[batch.layout.seq_N] if n.q.axis in (Axis.SEQ, Axis.PROMPT) else x
+    for n in st.imports:
+        x = store[key(n)]
+        if x.dim() > 0:
+            out[key(n)] = _like(x, like)
+    return out
+
+
+def _scalars(batch: Batch, store: Mapping[str, Tensor], st: Stage) -> dict[str, object]:
+    out: dict[str, object] = {"step": float(batch.step), "total_steps": float(batch.total_steps)}
+    for n in st.imports:
+        if store[key(n)].dim() == 0:
+            out[key(n)] = store[key(n)]
+    return out
+
+
+def _metrics(staged: Staged, extras: Mapping[str, Tensor], batch: Batch) -> dict[str, float]:
+    out = {}
+    for i, (name, _) in enumerate(staged.terms):
+        out[f"loss/{name}"] = float(extras[f"term_{i}"].double().sum())
+    for i, (name, _) in enumerate(staged.gates):
+        out[f"kept/{name}"] = float(extras[f"gate_{i}"].double().mean())
+    if staged.rows == "main":
+        out["tokens"] = float(batch.layout.n_rows)
+    return out

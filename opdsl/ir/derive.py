@@ -1,0 +1,327 @@
+"""Derivatives: the coefficient form of a loss (theory §3.3).
+
+Reverse accumulation over the graph gives g[v] = ∂L/∂log π(v), detached, split by where it lives
+(the sampled token, the entries of a set, the whole vocabulary). The softmax adjoint is shared by
+every method: ∂L/∂z = (g − (Σ g) π) / temperature. The field's coefficients are c = −g.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdsl.meaning.node import Builder, Node
+from opdsl.meaning.quantity import Axis, Info, Quantity
+from opdsl.meaning.graph import nodes_below
+
+
+@dataclass(frozen=True, slots=True)
+class Cotangent:
+    """∂L/∂log π of one live leaf, as detached nodes."""
+
+    leaf: Node  # the `logp` node
+    at_y: Node | None  # [N]
+    at_sets: tuple[tuple[Node, Node], ...]  # (set, [N, K])
+    dense: Node | None  # [N, V]
+
+    @property
+    def temperature(self) -> float:
+        return float(self.leaf.attr("temperature"))  # type: ignore[arg-type]
+
+    @property
+    def roots(self) -> tuple[Node, ...]:
+        found = [self.at_y, self.dense, *(n for _, n in self.at_sets)]
+        return tuple(n for n in found if n is not None)
+
+
+def domain_of(node: Node) -> Node | BinOf | None:
+    """The index set a VOCAB value runs over; None for values without entries."""
+    if node.q.axis < Axis.VOCAB:
+        return None
+    if node.op in ("logp", "put_set"):
+        return FULL
+    if node.op in ("at_set", "sum_v", "max_v", "lse_v"):
+        return node.args[1]
+    if node.op == "is_y":
+        return node.args[0]
+    if node.op == "in_set":
+        return node.args[1]
+    if node.op == "head":
+        return node.args[1]
+    if node.op == "add_bin":
+        return BinOf(node.args[1])
+    for a in node.args:
+        d = domain_of(a)
+        if d is not None:
+            return d
+    return None
+
+
+class BinOf:
+    """Stands for with_bin(base) where only the base node is at hand."""
+
+    def __init__(self, base: Node):
+        self.base = base
+
+
+FULL = Node(-1, "full", (), (), Quantity(Axis.VOCAB, "set", 0, float("inf"), Info.STATE))
+
+
+class Adjoint:
+    """Reverse accumulation from one root with adjoint 1 per row."""
+
+    def __init__(self, b: Builder, root: Node):
+        self.b = b
+        self.adj: dict[int, Node] = {root.id: b.const(1.0)}
+        self.sparse_y: dict[int, Node] = {}
+        self.sparse_set: dict[int, list[tuple[Node, Node]]] = {}
+        self.root = root
+
+    def run(self) -> Adjoint:
+        for node in reversed(nodes_below([self.root])):
+            a = self.adj.get(node.id)
+            if a is None or not node.q.live or node.op == "sg":
+                continue
+            rule = getattr(self, f"_{node.op}", None)
+            if rule is None:
+                assert node.op in ("logp", "input"), f"no derivative of {node.op}"
+                continue
+            rule(node, a)
+        return self
+
+    # -- plumbing ------------------------------------------------------------------------
+    def set_node(self, domain: object) -> Node:
+        if isinstance(domain, BinOf):
+            return self.b.set_("with_bin", (domain.base,))
+        if domain is FULL or domain is None:
+            return self.b.set_("full")
+        assert isinstance(domain, Node)
+        return domain
+
+    def give(self, arg: Node, value: Node, user: Node) -> None:
+        """Add to the adjoint of `arg`, summed over what `arg` does not vary over."""
+        if not arg.q.live or arg.op == "sg":
+            return
+        b = self.b
+        have = user.q.axis
+        if have is Axis.VOCAB and arg.q.axis < Axis.VOCAB:
+            value = b.sum_v(value, self.set_node(domain_of(user)))
+            have = Axis.TOK
+        if have is Axis.TOK and arg.q.axis < Axis.TOK:
+            value = b.couple("sum_t", _at(b, value, Axis.TOK), Axis.SEQ, Info.FUTURE)
+            have = Axis.SEQ
+        if have in (Axis.SEQ, Axis.PROMPT) and arg.q.axis is Axis.CONST:
+            value = b.couple("sum_b", _at(b, value, Axis.SEQ), Axis.CONST, Info.FUTURE)
+        old = self.adj.get(arg.id)
+        self.adj[arg.id] = value if old is None else b.add(old, value)
+
+    # -- elementwise ---------------------------------------------------------------------
+    def _add(self, n: Node, a: Node) -> None:
+        for x in n.args:
+            self.give(x, a, n)
+
+    def _sub(self, n: Node, a: Node) -> None:
+        self.give(n.args[0], a, n)
+        self.give(n.args[1], self.b.neg(a), n)
+
+    def _neg(self, n: Node, a: Node) -> None:
+        self.give(n.args[0], self.b.neg(a), n)
+
+    def _mul(self, n: Node, a: Node) -> None:
+        x, y = n.args
+        self.give(x, self.b.mul(a, y), n)
+        self.give(y, self.b.mul(a, x), n)
+
+    def _div(self, n: Node, a: Node) -> None:
+        x, y = n.args
+        self.give(x, self.b.div(a, y), n)
+        if y.q.live:
+            self.give(y, self.b.neg(self.b.mul(a, self.b.div(n, y))), n)
+
+    def _exp(self, n: Node, a: Node) -> None:
+        self.give(n.args[0], self.b.mul(a, n), n)
+
+    def _log(self, n: Node, a: Node) -> None:
+        self.give(n.args[0], self.b.div(a, n.args[0]), n)
+
+    def _pow(self, n: Node, a: Node) -> None:
+        b, (x, p) = self.b, n.args
+        slope = b.mul(p, b.pow(x, b.sub(p, b.const(1.0))))
+        self.give(x, b.mul(a, slope), n)
+        if p.q.live:
+            self.give(p, b.mul(a, b.mul(n, b.log(x))), n)
+
+    def _min(self, n: Node, a: Node) -> None:
+        self._pick(n, a, self.b.compare("<=", n.args[0], n.args[1]))
+
+    def _max(self, n: Node, a: Node) -> None:
+        self._pick(n, a, self.b.compare(">=", n.args[0], n.args[1]))
+
+    def _pick(self, n: Node, a: Node, first: Node) -> None:
+        zero = self.b.const(0.0)
+        self.give(n.args[0], self.b.where(first, a, zero), n)
+        self.give(n.args[1], self.b.where(first, zero, a), n)
+
+    def _abs(self, n: Node, a: Node) -> None:
+        b, x = self.b, n.args[0]
+        zero = b.const(0.0)
+        sign = b.where(b.compare(">", x, zero), a, b.where(b.compare("<", x, zero), b.neg(a), zero))
+        self.give(x, sign, n)
+
+    def _tanh(self, n: Node, a: Node) -> None:
+        b = self.b
+        self.give(n.args[0], b.mul(a, b.sub(b.const(1.0), b.mul(n, n))), n)
+
+    def _sigmoid(self, n: Node, a: Node) -> None:
+        b = self.b
+        self.give(n.args[0], b.mul(a, b.mul(n, b.sub(b.const(1.0), n))), n)
+
+    def _logaddexp(self, n: Node, a: Node) -> None:
+        for x in n.args:
+            self.give(x, self.b.mul(a, self.b.exp(self.b.sub(x, n))), n)
+
+    def _where(self, n: Node, a: Node) -> None:
+        b, (test, yes, no) = self.b, n.args
+        zero = b.const(0.0)
+        self.give(yes, b.where(test, a, zero), n)
+        self.give(no, b.where(test, zero, a), n)
+
+    def _live(self, n: Node, a: Node) -> None:
+        self.give(n.args[0], a, n)
+
+    # -- gathers and reductions ------------------------------------------------------------
+    def _at_y(self, n: Node, a: Node) -> None:
+        leaf = n.args[0]
+        old = self.sparse_y.get(leaf.id)
+        self.sparse_y[leaf.id] = a if old is None else self.b.add(old, a)
+        self.adj.setdefault(n.id, a)
+
+    def _at_set(self, n: Node, a: Node) -> None:
+        x, set_ = n.args
+        if x.op == "logp":
+            self.sparse_set.setdefault(x.id, []).append((set_, a))
+            return
+        q = n.q.with_(axis=Axis.VOCAB, live=False)
+        self.give(x, self.b.make("put_set", (_at(self.b, a, Axis.VOCAB), set_), q), x)
+
+    def _add_bin(self, n: Node, a: Node) -> None:
+        """log(1 − Σ exp x): slope −exp(x_v − tail), zero at the floor."""
+        b, (x, set_) = self.b, n.args
+        tail_q = n.q.with_(axis=Axis.TOK, live=False)
+        tail = b.make("last", (n, set_), tail_q)
+        head_a, last_a = a, a
+        if a.q.axis is Axis.VOCAB:
+            head_a = b.make("head", (a, set_), a.q)
+            last_a = b.make("last", (a, set_), a.q.with_(axis=Axis.TOK))
+        floor = b.const(TAIL_FLOOR)
+        slope = b.where(b.compare("<", floor, tail), b.neg(b.exp(b.sub(x, tail))), b.const(0.0))
+        self.give(x, b.add(head_a, b.mul(last_a, slope)), x)
+
+    def _sum_v(self, n: Node, a: Node) -> None:
+        x, set_ = n.args
+        if x.q.axis < Axis.VOCAB:
+            a = self.b.sum_v(a, set_)
+        self.give(x, a, x)
+
+    def _max_v(self, n: Node, a: Node) -> None:
+        b, (x, set_) = self.b, n.args
+        top = b.compare("==", x, n)
+        one, zero = b.const(1.0), b.const(0.0)
+        ties = b.sum_v(b.where(top, one, zero), set_)
+        self.give(x, b.where(top, b.div(a, ties), zero), x)
+
+    def _lse_v(self, n: Node, a: Node) -> None:
+        b, (x, _) = self.b, n.args
+        self.give(x, b.mul(a, b.exp(b.sub(x, n))), x)
+
+    # -- coupling ----------------------------------------------------------------------------
+    def _sum_t(self, n: Node, a: Node) -> None:
+        self.give(n.args[0], a, n.args[0])
+
+    _sum_b = _sum_t
+
+    def _symmetric(self, n: Node, a: Node) -> None:
+        x = n.args[0]
+        a = _at(self.b, a, n.q.axis if n.q.axis is not Axis.PROMPT else Axis.SEQ)
+        self.give(x, self.b.make(n.op, (a,), n.q.with_(live=False), **dict(n.attrs)), x)
+
+    _group_sum = _others_sum = _position_sum = _symmetric
+
+    def _shift(self, n: Node, a: Node) -> None:
+        back = -int(n.attr("n"))  # type: ignore[call-overload]
+        self.give(n.args[0], self.b.shift(_at(self.b, a, Axis.TOK), back), n.args[0])
+
+    def _scan(self, n: Node, a: Node) -> None:
+        b, (x, c) = self.b, n.args
+        q = n.q.with_(live=False)
+        flow = b.make("scan_fwd", (_at(b, a, Axis.TOK), c), q)
+        self.give(x, flow, n)
+        if c.q.live:
+            self.give(c, b.mul(flow, b.shift(n, 1)), n)
+
+    def _group_max(self, n: Node, a: Node) -> None:
+        b, x = self.b, n.args[0]
+        axis = Axis.TOK if n.q.axis is Axis.TOK else Axis.SEQ
+        top = b.where(b.compare("==", x, n), b.const(1.0), b.const(0.0))
+        total = b.couple("group_sum", _at(b, a, axis), n.q.axis, Info.PROMPT)
+        ties = b.couple("group_sum", _at(b, top, axis), n.q.axis, Info.PROMPT)
+        self.give(x, b.div(b.mul(total, top), ties), x)
+
+    def _max_b(self, n: Node, a: Node) -> None:
+        b, x = self.b, n.args[0]
+        top = b.where(b.compare("==", x, n), b.const(1.0), b.const(0.0))
+        ties = b.couple("sum_b", top, Axis.CONST, Info.PROMPT)
+        self.give(x, b.div(b.mul(a, top), ties), x)
+
+
+TAIL_FLOOR = -13.815510557964274  # log 1e-6: fp32 sums of probabilities are exact to about 1e-7
+
+
+def _at(b: Builder, x: Node, axis: Axis) -> Node:
+    """A value with exactly this axis; VOCAB values broadcast on their own."""
+    if x.q.axis >= axis or axis is Axis.VOCAB:
+        return x
+    one = b.input("one", Quantity(axis, "real", 1, 1, Info.STATE))
+    return b.make("mul", (one, x), x.q.with_(axis=axis))
+
+
+def adjoints(b: Builder, root: Node) -> dict[int, Node]:
+    """Node id -> ∂(Σ_n root[n])/∂node, for the live nodes below the root."""
+    return Adjoint(b, root).run().adj
+
+
+def strip(b: Builder, root: Node) -> Node:
+    """Without stop-gradients and markers: what a pass computes when no autograd follows."""
+    from opdsl.ir.program import rewrite
+
+    def change(n: Node, args: tuple[Node, ...]) -> Node | None:
+        if n.op in ("sg", "live"):
+            return args[0]
+        return None
+
+    return rewrite(b, root, change)
+
+
+def cotangents(b: Builder, root: Node) -> tuple[Cotangent, ...]:
+    """The coefficient form of Σ_n root[n]: one cotangent per live leaf, detached."""
+    flow = Adjoint(b, root).run()
+    leaves = [n for n in nodes_below([root]) if n.op == "logp" and n.q.live]
+    out = []
+    for leaf in leaves:
+        merged: dict[int, tuple[Node, Node]] = {}
+        for set_, value in flow.sparse_set.get(leaf.id, ()):
+            old = merged.get(set_.id)
+            merged[set_.id] = (set_, value if old is None else b.add(old[1], value))
+        sets = tuple((s, strip(b, v)) for s, v in merged.values() if not v.is_const(0))
+        y = flow.sparse_y.get(leaf.id)
+        dense = flow.adj.get(leaf.id)
+        y = None if y is None else strip(b, y)
+        dense = None if dense is None else strip(b, dense)
+        found = Cotangent(
+            leaf,
+            None if y is None or y.is_const(0) else y,
+            sets,
+            None if dense is None or dense.is_const(0) else dense,
+        )
+        if found.roots:
+            out.append(found)
+    return tuple(out)

@@ -1,0 +1,133 @@
+"""Which pass computes what: row passes (one fused sweep over tokens) and batch passes between.
+
+Level -1 is a batch pass over inputs alone (denominators). Even levels are row passes: they see the distributions of one block of rows. Odd levels are batch
+passes: they see one number per token of the whole batch and couple rows (returns, baselines,
+denominators). A value with entries of the vocabulary never crosses a pass; it is recomputed.
+The last pass yields the loss of every row and its logit cotangent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdsl.ir.derive import Cotangent, strip
+from opdsl.ir.program import Part, Program, lift_token
+from opdsl.meaning.node import COUPLING_OPS, SET_OPS, Node
+from opdsl.meaning.quantity import Axis
+from opdsl.meaning.graph import nodes_below
+
+FREE = -2  # computable anywhere from the batch's own inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    level: int
+    nodes: tuple[Node, ...]  # in order of computation
+    imports: tuple[Node, ...]  # computed by an earlier stage
+    exports: tuple[Node, ...]  # read by a later one
+
+    @property
+    def kind(self) -> str:
+        return "rows" if self.level % 2 == 0 else "batch"
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    rows: str
+    stages: tuple[Stage, ...]
+    total: Node
+    terms: tuple[tuple[str, Node], ...]
+    gates: tuple[tuple[str, Node], ...]
+    cotangents: tuple[Cotangent, ...]
+
+    @property
+    def last(self) -> Stage:
+        return self.stages[-1]
+
+    @property
+    def coupled(self) -> bool:
+        """A batch pass reads live statistics of the student (not just the batch's inputs)."""
+        return any(
+            n.op == "logp" and n.attr("dist") == "student"
+            for s in self.stages[:-1]
+            if s.kind == "rows"
+            for n in s.nodes
+        )
+
+
+def levels(roots: list[Node]) -> dict[int, int]:
+    """Level of every node below the roots."""
+    out: dict[int, int] = {}
+    for n in nodes_below(roots):
+        below = max((out[a.id] for a in n.args), default=FREE)
+        if n.op in COUPLING_OPS:  # of inputs alone: level -1, before the first row pass
+            out[n.id] = below if below % 2 == 1 else below + 1
+        elif n.q.axis is Axis.VOCAB or n.op in SET_OPS or _reads_entries(n):
+            base = max(below, 0)
+            out[n.id] = base if base % 2 == 0 else base + 1
+        else:
+            out[n.id] = below
+    return out
+
+
+def _reads_entries(n: Node) -> bool:
+    return any(a.q.axis is Axis.VOCAB for a in n.args)
+
+
+def stage(program: Program, part: Part) -> Staged:
+    """The passes of one part."""
+    b = program.builder
+    total = strip(b, part.total)
+    terms = tuple((r.term.name, lift_token(b, strip(b, r.loss))) for r in part.terms)
+    gates = tuple(
+        (r.term.name, lift_token(b, strip(b, r.term.gate)))
+        for r in part.terms
+        if r.term.gate.op != "const"
+    )
+    outputs = [total, *(n for _, n in terms), *(n for _, n in gates)]
+    for c in part.cotangents:
+        outputs += [*c.roots, *(s for s, _ in c.at_sets)]
+    level = levels(outputs)
+    top = max([level[n.id] for n in outputs] + [0])
+    final = top if top % 2 == 0 else top + 1
+    wanted: dict[int, list[Node]] = {final: outputs}
+    stages: list[Stage] = []
+    for k in range(final, FREE, -1):
+        roots = wanted.get(k, [])
+        if not roots and k != final:
+            continue
+        nodes, imports = _needed(roots, level, k)
+        for n in imports:
+            wanted.setdefault(level[n.id], []).append(n)
+        exports = () if k == final else tuple(_unique(roots))
+        stages.append(Stage(k, tuple(nodes), tuple(imports), exports))
+    stages.reverse()
+    return Staged(part.rows, tuple(stages), total, terms, gates, part.cotangents)
+
+
+def _unique(nodes: list[Node]) -> list[Node]:
+    return list({n.id: n for n in nodes}.values())
+
+
+def _needed(roots: list[Node], level: dict[int, int], k: int) -> tuple[list[Node], list[Node]]:
+    """(nodes to compute in stage k in order, nodes to import from earlier stages)."""
+    nodes: list[Node] = []
+    imports: list[Node] = []
+    seen: set[int] = set()
+    stack: list[tuple[Node, bool]] = [(r, False) for r in reversed(roots)]
+    while stack:
+        n, done = stack.pop()
+        if done:
+            nodes.append(n)
+            continue
+        if n.id in seen:
+            continue
+        seen.add(n.id)
+        home = level[n.id]
+        entries = n.q.axis is Axis.VOCAB or n.op in SET_OPS
+        if home not in (FREE, k) and not entries:
+            imports.append(n)
+            continue
+        stack.append((n, True))
+        stack += [(a, False) for a in reversed(n.args) if a.id not in seen]
+    return nodes, imports

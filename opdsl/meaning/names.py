@@ -1,0 +1,652 @@
+"""Files, imports and scopes: which name means which definition or method.
+
+Imports stay under the root of the spec (its own folder, or the shipped specs when it lies there);
+a path that is not found beside the importing file is looked up among the shipped specs, so a
+copied spec keeps working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from opdsl.codes import make
+from opdsl.diagnostics import Diagnostic, Fix, Label, Report
+from opdsl.source import Source, Span
+from opdsl.syntax import tree
+
+BUILTIN_NAMES = frozenset(
+    "student rollout initial reference data golden y v t A outcome verifier prompt position "
+    "length step support full group others sequence batch same_position sampled i".split()
+)
+BUILTIN_FUNCTIONS = frozenset(
+    "log exp abs min max clip sg live normalize softmax sigmoid tanh special mean sum std "
+    "quantile sft tempered top top_p union intersection critic routed linear cosine constant".split()
+)
+RESERVED = BUILTIN_NAMES | BUILTIN_FUNCTIONS
+
+MAX_IMPORT_DEPTH = 32
+MAX_IMPORTS = 500
+
+
+@dataclass(eq=False, slots=True)
+class Scope:
+    """The names visible at the top level of one file."""
+
+    source: Source
+    defs: dict[str, tree.Def] = field(default_factory=dict)
+    def_scopes: dict[str, Scope] = field(default_factory=dict)
+    methods: dict[str, tuple[tree.Method, Scope]] = field(default_factory=dict)
+    runs: dict[str, tree.Run] = field(default_factory=dict)
+    parent: Scope | None = None
+
+    def find_def(self, name: str) -> tuple[tree.Def, Scope] | None:
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.defs:
+                return scope.defs[name], scope.def_scopes.get(name, scope)
+            scope = scope.parent
+        return None
+
+    def find_method(self, name: str) -> tuple[tree.Method, Scope] | None:
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.methods:
+                return scope.methods[name]
+            scope = scope.parent
+        return None
+
+    def def_names(self) -> list[str]:
+        names: list[str] = []
+        scope: Scope | None = self
+        while scope is not None:
+            names += scope.defs
+            scope = scope.parent
+        return names
+
+
+def closest(name: str, candidates: Iterable[str]) -> str | None:
+    """The best did-you-mean, if any is near enough."""
+    pool = {c.lower(): c for c in sorted(set(candidates))}
+    near = difflib.get_close_matches(name.lower(), list(pool), n=1, cutoff=0.6)
+    return pool[near[0]] if near else None
+
+
+Parse = Callable[[Source], tuple[tree.File | None, tuple[Diagnostic, ...]]]
+Read = Callable[[Path], Source]
+
+
+class Loader:
+    """Loads a file and everything it imports, once each; reports, never raises.
+
+    `parse` and `read` come from the syntax room; `shipped` is the folder of shipped specs.
+    """
+
+    def __init__(self, parse: Parse, read: Read, shipped: Path, report: Report):
+        self.parse, self.read, self.shipped, self.report = parse, read, shipped, report
+        self._files: dict[Path, Scope | None] = {}
+        self._std: Scope | None = None
+        self.root: Path | None = None
+
+    # -- the standard library ------------------------------------------------------------
+    def std(self) -> Scope:
+        if self._std is None:
+            scope = Scope(Source("std", ""))
+            self._std = scope
+            for path in sorted((self.shipped / "std").glob("*.opd")):
+                file, problems = self.parse(self.read(path))
+                for d in problems:
+                    self.report.add(d)
+                for item in file.items if file else ():
+                    if isinstance(item, tree.Def):
+                        scope.defs[item.name.name] = item
+        return self._std
+
+    # -- files ---------------------------------------------------------------------------
+    def load_main(self, source: Source) -> tuple[Scope, tree.File | None]:
+        path = Path(source.path).resolve() if source.path else None
+        self.root = self._root_of(path)
+        file, problems = self.parse(source)
+        for d in problems:
+            self.report.add(d)
+        scope = Scope(source, parent=self.std())
+        if file is not None:
+            self._fill(scope, file, path, (path,) if path else ())
+        return scope, file
+
+    def _root_of(self, path: Path | None) -> Path:
+        if path is None:
+            return Path.cwd().resolve()
+        shipped = self.shipped.resolve()
+        if shipped in path.parents:
+            return shipped
+        cwd = Path.cwd().resolve()
+        return cwd if cwd in path.parents else path.parent
+
+    def _fill(
+        self, scope: Scope, file: tree.File, path: Path | None, chain: tuple[Path, ...]
+    ) -> None:
+        for imp in file.imports:
+            self._import(scope, imp, path, chain)
+        for item in file.items:
+            name = item.name
+            if name.name in RESERVED:
+                self._shadow(name)
+                continue
+            if isinstance(item, tree.Def):
+                self._declare(scope.defs, name, item)
+            elif isinstance(item, tree.Method):
+                if self._declare(scope.methods, name, (item, scope)):
+                    continue
+            else:
+                self._declare(scope.runs, name, item)
+
+    def _declare(self, table: dict, name: tree.Ident, item: object) -> bool:
+        if name.name in table:
+            first = table[name.name]
+            first = first[0] if isinstance(first, tuple) else first
+            self.report.add(
+                make(
+                    "OPD103",
+                    name.span,
+                    f"`{name.name}` is defined twice",
+                    "second definition",
+                    secondary=[Label(first.name.span, "first definition")],
+                    helps=["rename one of them"],
+                )
+            )
+            return False
+        table[name.name] = item
+        return True
+
+    def _shadow(self, name: tree.Ident) -> None:
+        self.report.add(
+            make(
+                "OPD102",
+                name.span,
+                f"`{name.name}` is a built-in name and cannot be redefined",
+                "this name already has a meaning in every spec",
+                helps=[f"choose another name, for example `my_{name.name}`"],
+            )
+        )
+
+    def _import(
+        self, scope: Scope, imp: tree.Import, path: Path | None, chain: tuple[Path, ...]
+    ) -> None:
+        target = self._locate(imp, path)
+        if target is None:
+            return
+        if target in chain:
+            names = " -> ".join(p.name for p in (*chain[chain.index(target) :], target))
+            self.report.add(
+                make(
+                    "OPD114",
+                    imp.target_span,
+                    "these files import each other in a circle",
+                    names,
+                    helps=["move what both need into a third file"],
+                )
+            )
+            return
+        if len(chain) >= MAX_IMPORT_DEPTH or len(self._files) >= MAX_IMPORTS:
+            self.report.add(
+                make("OPD114", imp.target_span, "imports nest too deeply", "the chain ends here")
+            )
+            return
+        found = self._load(target, chain, imp)
+        if found is None:
+            return
+        for name in imp.names:
+            method = found.methods.get(name.name)
+            definition = found.defs.get(name.name)
+            if method is not None:
+                scope.methods[name.name] = method
+            elif definition is not None:
+                scope.defs[name.name] = definition
+                scope.def_scopes[name.name] = found.def_scopes.get(name.name, found)
+            else:
+                near = closest(name.name, [*found.methods, *found.defs])
+                helps = [f"did you mean `{near}`?"] if near else []
+                have = ", ".join(sorted([*found.methods, *found.defs])) or "nothing"
+                self.report.add(
+                    make(
+                        "OPD115",
+                        name.span,
+                        f"{target.name} defines no `{name.name}`",
+                        "not found in that file",
+                        notes=[f"it defines: {have}"],
+                        helps=helps,
+                    )
+                )
+
+    def _locate(self, imp: tree.Import, path: Path | None) -> Path | None:
+        if not imp.is_file:
+            target = (self.shipped / (imp.target.replace(".", "/") + ".opd")).resolve()
+            if target.is_file():
+                return target
+            self._not_found(imp, [p.stem for p in self.shipped.rglob("*.opd")])
+            return None
+        text = imp.target
+        base = path.parent if path is not None else Path.cwd()
+        target = (base / text).resolve()
+        roots = [r for r in (self.root, self.shipped.resolve()) if r is not None]
+        if Path(text).is_absolute() or not any(r == target or r in target.parents for r in roots):
+            inside = (self.shipped / Path(text).name).resolve()
+            if not Path(text).is_absolute() and not target.exists() and inside.is_file():
+                return inside
+            self.report.add(
+                make(
+                    "OPD116",
+                    imp.target_span,
+                    "an import may not leave the folder of the spec",
+                    f"outside {self.root}",
+                    helps=["copy the file beside this one and import it as \"./name.opd\""],
+                )
+            )
+            return None
+        if target.is_file():
+            return target
+        for base in (self.shipped,):
+            inside = (base / text).resolve()
+            if base.resolve() in inside.parents and inside.is_file():
+                return inside
+        self._not_found(imp, [p.name for p in target.parent.glob("*.opd")] if target.parent.is_dir() else [])
+        return None
+
+    def _not_found(self, imp: tree.Import, nearby: list[str]) -> None:
+        stem = Path(imp.target).name
+        near = closest(stem, nearby)
+        helps = [f"a file of a close name: {near}"] if near else []
+        shipped = sorted(p.stem for p in self.shipped.glob("*.opd"))
+        helps.append("shipped specs are found from anywhere: import \"./sampled_opd.opd\" (sampled_opd)")
+        self.report.add(
+            make(
+                "OPD113",
+                imp.target_span,
+                f"cannot find {imp.target}",
+                "no such file",
+                notes=[f"shipped: {', '.join(shipped[:12])}"] if shipped else [],
+                helps=helps,
+            )
+        )
+
+    def _load(self, target: Path, chain: tuple[Path, ...], imp: tree.Import) -> Scope | None:
+        if target in self._files:
+            return self._files[target]
+        self._files[target] = None
+        from opdsl.diagnostics import CompileError
+
+        try:
+            source = self.read(target)
+        except CompileError as e:
+            for d in e.diagnostics:
+                self.report.add(d)
+            return None
+        file, problems = self.parse(source)
+        for d in problems:
+            self.report.add(d)
+        if file is None:
+            return None
+        scope = Scope(source, parent=self.std())
+        self._fill(scope, file, target, (*chain, target))
+        self._files[target] = scope
+        return scope
+
+
+# ---- flattening a method and its bases ------------------------------------------------------
+
+SINGLE = ("state", "support", "feedback", "credit", "routing", "shape", "aggregate")
+
+# which sections a bias boundary is about: overriding one drops the inherited acceptance
+ABOUT: dict[str, tuple[str, ...]] = {
+    "immediate_credit": ("credit",),
+    "discounted_target": ("credit",),
+    "truncated_return": ("credit",),
+    "value_drift": ("credit",),
+    "baseline_includes_self": ("credit",),
+    "unbounded_return": ("credit",),
+    "occupancy_only": ("credit", "feedback"),
+    "not_a_divergence": ("support", "feedback"),
+    "renormalized_support": ("support", "feedback"),
+    "sampler_mismatch": ("state",),
+    "stale_rollouts": ("state",),
+    "routed_target": ("routing",),
+    "unbounded_strength": ("routing",),
+    "unguarded_candidates": ("routing",),
+    "length_coupling": ("aggregate",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scoped:
+    """A statement with the file it was written in and how it got here."""
+
+    stmt: object
+    scope: Scope
+    inherited: bool = False
+
+
+@dataclass(slots=True)
+class Flat:
+    """A method after `extends` and `override`: one entry per statement that counts."""
+
+    decl: tree.Method
+    scope: Scope
+    title: str | None = None
+    evidence: str | None = None
+    cites: list[tuple[str, str]] = field(default_factory=list)
+    accepts: list[Scoped] = field(default_factory=list)
+    params: dict[str, Scoped] = field(default_factory=dict)
+    param_args: dict[str, tuple[tree.Arg, Scope]] = field(default_factory=dict)
+    lets: dict[str, Scoped] = field(default_factory=dict)
+    teachers: dict[str, Scoped] = field(default_factory=dict)
+    sections: dict[str, Scoped] = field(default_factory=dict)  # single-valued ones
+    gates: list[Scoped] = field(default_factory=list)
+    weights: list[Scoped] = field(default_factory=list)
+    regularizers: list[Scoped] = field(default_factory=list)
+    asserts: list[Scoped] = field(default_factory=list)
+    terms: dict[str, Scoped] = field(default_factory=dict)
+    optimize: Scoped | None = None
+    bases: tuple[str, ...] = ()
+
+    def names(self) -> list[str]:
+        return [*self.params, *self.lets, *self.teachers]
+
+
+class Flattener:
+    """Applies `extends` and `override`; reports what does not fit and goes on."""
+
+    def __init__(self, report: Report):
+        self.report = report
+
+    def flatten(self, method: tree.Method, scope: Scope, chain: tuple[str, ...] = ()) -> Flat:
+        flat = Flat(method, scope)
+        base_name = method.extends.base.name if method.extends else None
+        if method.extends is not None:
+            base = self._base(method.extends, scope, (*chain, method.name.name))
+            if base is not None:
+                flat = self._inherit(base, method, scope)
+        flat.title = method.title or flat.title
+        evidence_here, cites_here = None, []
+        seen: dict[str, Span] = {}
+        for stmt in method.body:
+            if isinstance(stmt, tree.Override):
+                self._override(flat, stmt, scope, base_name)
+            elif isinstance(stmt, tree.Evidence):
+                evidence_here = self._evidence(stmt)
+            elif isinstance(stmt, tree.Cite):
+                cites_here.append((stmt.kind, stmt.value))
+            elif isinstance(stmt, tree.Accept):
+                flat.accepts.append(Scoped(stmt, scope))
+            else:
+                self._plain(flat, stmt, scope, seen, base_name)
+        flat.evidence = evidence_here or flat.evidence
+        flat.cites = cites_here or flat.cites
+        return flat
+
+    def _evidence(self, stmt: tree.Evidence) -> str:
+        grades = ("hypothesis", "reported", "replicated")
+        if stmt.grade not in grades:
+            near = closest(stmt.grade, grades)
+            self.report.add(
+                make(
+                    "OPD121",
+                    stmt.span,
+                    f"`{stmt.grade}` is not an evidence grade",
+                    f"did you mean `{near}`?" if near else "one of the three grades",
+                    helps=["evidence hypothesis | reported | replicated"],
+                )
+            )
+        return stmt.grade
+
+    def _base(self, ext: tree.Extends, scope: Scope, chain: tuple[str, ...]) -> Flat | None:
+        found = scope.find_method(ext.base.name)
+        if found is None:
+            near = closest(ext.base.name, scope.methods)
+            self.report.add(
+                make(
+                    "OPD109",
+                    ext.base.span,
+                    f"cannot find a method named `{ext.base.name}`",
+                    "not in this file and not imported",
+                    helps=[
+                        f"did you mean `{near}`?"
+                        if near
+                        else f'import "./{ext.base.name}.opd" ({ext.base.name})'
+                    ],
+                )
+            )
+            return None
+        method, base_scope = found
+        if ext.base.name in chain:
+            self.report.add(
+                make(
+                    "OPD114",
+                    ext.base.span,
+                    f"`{ext.base.name}` extends itself",
+                    " -> ".join([*chain, ext.base.name]),
+                )
+            )
+            return None
+        return self.flatten(method, base_scope, chain)
+
+    def _inherit(self, base: Flat, method: tree.Method, scope: Scope) -> Flat:
+        def old(entry: Scoped) -> Scoped:
+            return Scoped(entry.stmt, entry.scope, True)
+
+        flat = Flat(
+            method,
+            scope,
+            title=base.title,
+            evidence=base.evidence,
+            cites=list(base.cites),
+            accepts=[old(a) for a in base.accepts],
+            params={k: old(v) for k, v in base.params.items()},
+            param_args=dict(base.param_args),
+            lets={k: old(v) for k, v in base.lets.items()},
+            teachers={k: old(v) for k, v in base.teachers.items()},
+            sections={k: old(v) for k, v in base.sections.items()},
+            gates=[old(g) for g in base.gates],
+            weights=[old(w) for w in base.weights],
+            regularizers=[old(r) for r in base.regularizers],
+            asserts=[old(a) for a in base.asserts],
+            terms={k: old(v) for k, v in base.terms.items()},
+            optimize=old(base.optimize) if base.optimize else None,
+            bases=(base.decl.name.name, *base.bases),
+        )
+        assert method.extends is not None
+        for arg in method.extends.args:
+            if not isinstance(arg, tree.Arg) or arg.name is None:
+                self.report.add(
+                    make(
+                        "OPD104",
+                        arg.span,
+                        "give the base's knobs by name",
+                        "which knob is this?",
+                        helps=[f"extends {base.decl.name.name}(name = value)"],
+                    )
+                )
+            elif arg.name not in flat.params:
+                near = closest(arg.name, flat.params)
+                have = ", ".join(flat.params) or "none"
+                self.report.add(
+                    make(
+                        "OPD104",
+                        arg.span,
+                        f"`{base.decl.name.name}` has no knob named `{arg.name}`",
+                        f"did you mean `{near}`?" if near else "unknown knob",
+                        notes=[f"its knobs: {have}"],
+                    )
+                )
+            else:
+                flat.param_args[arg.name] = (arg, scope)
+        return flat
+
+    # -- statements ------------------------------------------------------------------------
+    def _override(
+        self, flat: Flat, stmt: tree.Override, scope: Scope, base: str | None
+    ) -> None:
+        inner = stmt.statement
+        entry = Scoped(inner, scope)
+        table, key, what = self._slot(flat, inner)
+        if table is None:  # several-valued: replace all inherited ones of that kind
+            entries = self._list(flat, inner)
+            inherited = [e for e in entries if e.inherited]
+            if not inherited:
+                self._nothing(stmt, inner, what, base)
+                return
+            entries[:] = [e for e in entries if not e.inherited]
+            entries.append(entry)
+        else:
+            if key not in table or not table[key].inherited:
+                self._nothing(stmt, inner, what, base)
+                return
+            table[key] = entry
+            flat.param_args.pop(key, None) if isinstance(inner, tree.Param) else None
+        section = inner.keyword.name if isinstance(inner, tree.Section) else ""
+        flat.accepts = [
+            a
+            for a in flat.accepts
+            if not (a.inherited and section in ABOUT.get(a.stmt.rule.name, ()))  # type: ignore[attr-defined]
+        ]
+
+    def _nothing(self, stmt: tree.Override, inner: object, what: str, base: str | None) -> None:
+        helps = (
+            [f"`{base}` has no {what}; write it without `override`"]
+            if base
+            else ["only a method that `extends` another one can override; remove the word"]
+        )
+        self.report.add(
+            make(
+                "OPD108",
+                stmt.span if len(stmt.span.text) < 90 else _head(stmt.span),
+                f"there is no inherited {what} to override",
+                "nothing to replace",
+                helps=helps,
+            )
+        )
+
+    def _slot(self, flat: Flat, stmt: object) -> tuple[dict | None, str, str]:
+        if isinstance(stmt, tree.Param):
+            return flat.params, stmt.name.name, f"param `{stmt.name.name}`"
+        if isinstance(stmt, tree.Let):
+            return flat.lets, stmt.name.name, f"let `{stmt.name.name}`"
+        if isinstance(stmt, tree.Teacher):
+            return flat.teachers, stmt.name.name, f"teacher `{stmt.name.name}`"
+        if isinstance(stmt, tree.TermBlock | tree.TermUse):
+            return flat.terms, stmt.name.name, f"term `{stmt.name.name}`"
+        if isinstance(stmt, tree.Optimize):
+            table = {"optimize": flat.optimize} if flat.optimize else {}
+            return _OptimizeSlot(flat, table), "optimize", "optimize block"
+        assert isinstance(stmt, tree.Section)
+        kind = stmt.keyword.name
+        if kind in SINGLE:
+            return flat.sections, kind, f"`{kind}`"
+        return None, kind, f"`{kind}`"
+
+    def _list(self, flat: Flat, stmt: object) -> list[Scoped]:
+        assert isinstance(stmt, tree.Section)
+        kinds = {
+            "gate": flat.gates,
+            "weight": flat.weights,
+            "regularize": flat.regularizers,
+            "assert": flat.asserts,
+        }
+        return kinds[stmt.keyword.name]
+
+    def _plain(
+        self, flat: Flat, stmt: object, scope: Scope, seen: dict[str, Span], base: str | None
+    ) -> None:
+        if isinstance(stmt, tree.Section) and stmt.keyword.name not in SINGLE:
+            self._list(flat, stmt).append(Scoped(stmt, scope))
+            return
+        table, key, what = self._slot(flat, stmt)
+        assert table is not None
+        span = _head(stmt.span)  # type: ignore[attr-defined]
+        named = isinstance(stmt, tree.Param | tree.Let | tree.Teacher | tree.TermBlock | tree.TermUse)
+        if named and stmt.name.name in RESERVED:  # type: ignore[union-attr]
+            self.report.add(
+                make(
+                    "OPD102",
+                    stmt.name.span,  # type: ignore[union-attr]
+                    f"`{key}` is a built-in name and cannot be redefined",
+                    "this name already has a meaning in every spec",
+                    helps=[f"choose another name, for example `my_{key}`"],
+                )
+            )
+            return
+        if key in table:
+            if table[key] is not None and table[key].inherited:
+                old = table[key].stmt
+                text = old.span.text.split("\n")[0]
+                self.report.add(
+                    make(
+                        "OPD107",
+                        span,
+                        f"{what} is inherited from {base} and written again",
+                        "say `override` if you mean to replace it",
+                        secondary=[Label(flat.decl.extends.span, f"already has: {text[:60]}")]
+                        if flat.decl.extends
+                        else [],
+                        helps=[f"--fix will write `override {key}`"],
+                        fixes=[_insert(span, "override ")],
+                    )
+                )
+            else:
+                code = "OPD103" if named else "OPD304"
+                first = table[key].stmt.span if table[key] is not None else span
+                self.report.add(
+                    make(
+                        code,
+                        span,
+                        f"{what} is written twice",
+                        "second time",
+                        secondary=[Label(_head(first), "first time")],
+                        helps=["keep one of the two"],
+                    )
+                )
+            return
+        if named:
+            for other in (flat.params, flat.lets, flat.teachers):
+                if other is not table and key in other and not isinstance(
+                    stmt, tree.TermBlock | tree.TermUse
+                ):
+                    self.report.add(
+                        make(
+                            "OPD103",
+                            stmt.name.span,  # type: ignore[union-attr]
+                            f"`{key}` already names something else in this method",
+                            "second meaning",
+                            secondary=[Label(_head(other[key].stmt.span), "first meaning")],
+                            helps=["rename one of them"],
+                        )
+                    )
+                    return
+        table[key] = Scoped(stmt, scope)
+
+
+class _OptimizeSlot(dict):
+    """Lets the single `optimize` block be handled like the named statements."""
+
+    def __init__(self, flat: Flat, table: dict):
+        super().__init__(table)
+        self._flat = flat
+
+    def __setitem__(self, key: str, value: Scoped) -> None:
+        super().__setitem__(key, value)
+        self._flat.optimize = value
+
+
+def _head(span: Span) -> Span:
+    """The first line of a span, for labels on long statements."""
+    text = span.text.split("\n")[0].rstrip()
+    return Span(span.source, span.start, span.start + max(len(text), 1))
+
+
+def _insert(span: Span, text: str) -> Fix:
+    from opdsl.diagnostics import Edit, Safety
+
+    at = Span(span.source, span.start, span.start)
+    return Fix(f"write `{text.strip()}`", (Edit(at, text),), Safety.SAFE)

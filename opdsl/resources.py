@@ -1,0 +1,42 @@
+"""Finding `grammars/` and `specs/`: inside the package in a wheel, beside it in a checkout.
+
+A wheel carries them as `opdsl/grammars` and `opdsl/specs`; an editable install and a checkout
+have them next to the package folder. Nothing else in opdsl knows where they are.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@cache
+def folder(name: str) -> Path:
+    """The folder `grammars` or `specs`. Raises FileNotFoundError naming both places tried."""
+    tried = (_PACKAGE / name, _PACKAGE.parent / name)
+    for place in tried:
+        if place.is_dir():
+            return place
+    places = " and ".join(str(place) for place in tried)
+    raise FileNotFoundError(f"opdsl cannot find its folder `{name}`: looked in {places}")
+
+
+def grammars() -> Path:
+    return folder("grammars")
+
+
+def specs() -> Path:
+    return folder("specs")
+
+
+def grammar_text() -> str:
+    """The text of `opd.lark`."""
+    return (grammars() / "opd.lark").read_text(encoding="utf-8")
+
+
+def page(code: str) -> str | None:
+    """The lesson of a diagnostic code in Markdown, or None when none is written."""
+    place = _PACKAGE / "pages" / f"{code}.md"
+    return place.read_text(encoding="utf-8") if place.is_file() else None

@@ -1,0 +1,266 @@
+"""How the embedded teachers and students are made: data, numbers, stopping rules.
+
+A recipe is a frozen value; its hash is part of the cache key, so changing a number here makes
+new models. The numbers are tuned so that the tasks separate methods (see the tests marked
+`slow`), not so that any one method looks good.
+
+Students are trained to competence first and then *muddled*: trained on for a while on answers
+in which every step uses a random rule. They keep the features of the task and lose the habit,
+so a method can only succeed by moving probability, which is what on-policy distillation does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from opdsl.train.embedded import chain
+from opdsl.train.embedded.chain import BOS, DIGIT, EOS, MARK, PAD, ROUTE_A, ROUTE_B, STEP
+
+TEACHER_SHORTCUT = 0.6  # share of the shortcut in the fork teacher's answers
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of supervised training.
+
+    title: for progress lines.  mixture: rules of each step, (name, share) pairs.
+    steps: at most that many, `least` at the least; in between, every `check` steps, training
+    ends once the accuracy of `measure` is inside `band`. Then `anneal` steps follow in which
+    the rate falls linearly to 0. measure: "exact" is the share of wholly right responses
+    (teacher-forced), "greedy" the verifier's score of greedy responses.
+    lr: peak rate (Adam), warmup in steps, batch in rows, smoothing: label smoothing.
+    hint: the fork's hint slot holds the answer. shortcut: share of route B (fork only).
+    old: share of rows that show the old skill (retain only).
+    """
+
+    title: str
+    mixture: tuple[tuple[str, float], ...] = (("right", 1.0),)
+    steps: int = 600
+    least: int = 0
+    check: int = 50
+    anneal: int = 0
+    measure: str = "exact"
+    band: tuple[float, float] = (0.97, 1.0)
+    lr: float = 6e-3
+    warmup: int = 20
+    batch: int = 64
+    smoothing: float = 0.0
+    hint: bool = False
+    shortcut: float = 0.0
+    old: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """One Llama-style model and the phases that train it.
+
+    Two layers and 85,056 parameters at a vocabulary of 44. The short rotary base and the wide
+    initial weights are what makes chains learnable within seconds.
+    """
+
+    role: str
+    phases: tuple[Phase, ...]
+    n: int = 5
+    fork: bool = False
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 4
+    mlp: int = 128
+    rope_theta: float = 100.0
+    initializer_range: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    @property
+    def vocab_size(self) -> int:
+        return chain.VOCABULARY_FORK if self.fork else chain.VOCABULARY
+
+    def fingerprint(self) -> str:
+        """Hash of every number of the recipe."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PairRecipe:
+    teacher: ModelRecipe
+    student: ModelRecipe
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows: tokens [B, L] padded on the right, and the mask [B, L] of the tokens to
+    be predicted (the response, end token included)."""
+
+    tokens: np.ndarray
+    target: np.ndarray
+
+
+def rows(generator: np.random.Generator, recipe: ModelRecipe, phase: Phase, count: int) -> Rows:
+    """`count` rows of a phase's data."""
+    steps_Bn, start_B = chain.draw(generator, count, recipe.n)
+    results_Bn = chain.run_mixture(generator, steps_Bn, start_B, phase.mixture)
+    first_B = np.full(count, BOS)
+    if phase.old:
+        old_B = generator.random(count) < phase.old
+        first_B[old_B] = MARK
+        results_Bn[old_B] = chain.run(steps_Bn[old_B], start_B[old_B], chain.OLD)
+    head = [first_B[:, None], STEP + steps_Bn]
+    end_B1 = np.full((count, 1), EOS)
+    start_B1 = DIGIT + start_B[:, None]
+    if not recipe.fork:
+        tokens_BL = np.concatenate([*head, start_B1, DIGIT + results_Bn, end_B1], 1)
+        target_BL = np.zeros(tokens_BL.shape, dtype=bool)
+        target_BL[:, recipe.n + 2 :] = True
+        return Rows(tokens_BL, target_BL)
+    answer_B1 = DIGIT + chain.run(steps_Bn, start_B)[:, -1:]
+    hint_B1 = answer_B1 if phase.hint else np.full((count, 1), MARK)
+    prompt_BP = np.concatenate([*head, hint_B1, start_B1], 1)
+    P = prompt_BP.shape[1]
+    route_B1 = np.full((count, 1), ROUTE_A)
+    tokens_BL = np.concatenate(
+        [prompt_BP, route_B1, start_B1, DIGIT + results_Bn, end_B1], 1
+    )
+    target_BL = np.zeros(tokens_BL.shape, dtype=bool)
+    target_BL[:, P:] = True
+    short_B = generator.random(count) < phase.shortcut
+    tokens_BL[short_B, P] = ROUTE_B
+    tokens_BL[short_B, P + 1] = answer_B1[short_B, 0]
+    tokens_BL[short_B, P + 2] = EOS
+    tokens_BL[short_B, P + 3 :] = PAD
+    target_BL[short_B, P + 3 :] = False
+    return Rows(tokens_BL, target_BL)
+
+
+# ---- the recipes -----------------------------------------------------------------------
+
+HARD = (("right", 0.10), ("near_miss", 0.50), ("rotated", 0.40))
+
+_LEARN = Phase("learning the chains")
+_TEACH = Phase("learning the chains", anneal=50, smoothing=0.03)
+
+CHAIN = PairRecipe(
+    teacher=ModelRecipe("teacher", (_TEACH,)),
+    student=ModelRecipe(
+        "student",
+        (
+            _LEARN,
+            Phase(
+                "picking up wrong rules",
+                mixture=HARD,
+                lr=2e-3,
+                least=150,
+                steps=400,
+                measure="greedy",
+                band=(0.05, 0.25),
+            ),
+        ),
+    ),
+)
+
+FLAWED = PairRecipe(
+    teacher=ModelRecipe(
+        "teacher", (Phase("learning flawed rules", (("flawed", 1.0),), anneal=50, smoothing=0.03),)
+    ),
+    student=ModelRecipe(
+        "student",
+        (
+            _LEARN,
+            Phase(
+                "picking up wrong rules",
+                mixture=(("right", 0.45), ("near_miss", 0.25), ("rotated", 0.30)),
+                lr=2e-3,
+                least=150,
+                steps=400,
+                measure="greedy",
+                band=(0.2, 0.6),
+            ),
+        ),
+    ),
+)
+
+RETAIN = PairRecipe(
+    teacher=CHAIN.teacher,
+    student=ModelRecipe(
+        "student",
+        (
+            Phase("learning two skills", old=0.5, steps=1000),
+            Phase(
+                "losing the new one",
+                mixture=HARD,
+                old=0.5,
+                lr=2e-3,
+                least=150,
+                steps=400,
+                measure="greedy",
+                band=(0.05, 0.25),
+            ),
+        ),
+    ),
+)
+
+# The long route alone first: together with the shortcut it takes three times as long to learn.
+_FORK_TEACHER = ModelRecipe(
+    "teacher",
+    (
+        Phase("learning the long route", hint=True, smoothing=0.01, steps=1000),
+        Phase(
+            "learning the shortcut",
+            hint=True,
+            shortcut=TEACHER_SHORTCUT,
+            smoothing=0.01,
+            lr=3e-3,
+            least=50,
+            steps=300,
+            anneal=50,
+        ),
+    ),
+    fork=True,
+)
+
+
+def _fork_student(muddle: Phase) -> ModelRecipe:
+    """The muddling phase also shows the shortcut, with the right answer, which the student can
+    only guess: arithmetic mod 10 makes even results likely, so a guess is right in 1 of 5."""
+    return ModelRecipe("student", (Phase("learning the long route"), muddle), fork=True)
+
+
+FORK = PairRecipe(
+    _FORK_TEACHER,
+    _fork_student(
+        Phase(
+            "picking up wrong rules",
+            mixture=(("right", 0.9), ("near_miss", 0.05), ("rotated", 0.05)),
+            shortcut=0.45,
+            lr=2e-3,
+            steps=100,
+            least=100,
+            measure="greedy",
+        )
+    ),
+)
+FORK_MUDDLED = PairRecipe(
+    _FORK_TEACHER,
+    _fork_student(
+        Phase(
+            "picking up wrong rules",
+            mixture=(("right", 0.72), ("near_miss", 0.15), ("rotated", 0.13)),
+            shortcut=0.45,
+            lr=2e-3,
+            steps=150,
+            least=150,
+            measure="greedy",
+        )
+    ),
+)
+
+
+def validation(phase: Phase) -> Phase:
+    """The phase whose rows an accuracy check uses: the long route, and for the measure
+    "greedy" right answers only."""
+    mixture = phase.mixture if phase.measure == "exact" else (("right", 1.0),)
+    return replace(phase, mixture=mixture, shortcut=0.0)

@@ -1,0 +1,168 @@
+"""The student's forward pass and the batch a method's loss reads.
+
+Two routes: up to a vocabulary of a few thousand the batch holds logits [B, T, V]; above, hidden
+states and the head's weight, so that no [B, T, V] tensor is ever made. Models whose head is
+more than a product (a soft cap, a scale) always take the first.
+
+Shapes: B rows, T response tokens, H hidden, V vocabulary, N chosen tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from opdsl.train.models import head_of, trunk_of
+from opdsl.train.runtime import Runtime
+from opdsl.train.states import Rows
+from opdsl.train.teachers import Scores
+from opdsl.train.teachers.local import response_hidden, response_logits
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How the student of a run is evaluated at the tokens of a batch."""
+
+    student: Any
+    runtime: Runtime
+    vocabulary: int
+    fused: bool
+    linear_head: bool
+    total_steps: int = 1
+
+    def states(self, rows: Rows) -> torch.Tensor:
+        """Hidden states [B, T, H] that the head reads; logits [B, T, V] for other heads."""
+        ids = [p.ids for p in rows.prompts]
+        with self.runtime.autocast():
+            if self.linear_head:
+                return response_hidden(trunk_of(self.student), ids, rows.tokens, rows.lengths)
+            logits = response_logits(self.student, ids, rows.tokens, rows.lengths, self.vocabulary)
+            return logits.float()
+
+    def states_in_parts(self, rows: Rows, size: int) -> torch.Tensor:
+        """The same without gradient, `size` rows at a time."""
+        with torch.no_grad():
+            return torch.cat([self.states(part) for part in parts_of(rows, size)])
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """float32 logits […, V] of states […, H] (or of logits themselves)."""
+        if not self.linear_head:
+            return states
+        return F.linear(states.float(), head_of(self.student).weight[: self.vocabulary].float())
+
+    def live(self, states: torch.Tensor) -> torch.Tensor:
+        """What a batch is made from: states on the fused route, else logits."""
+        return states if self.fused else self.logits(states)
+
+    def batch(self, rows: Rows, states, live, given: dict[str, Any], live_golden, needs, step: int):
+        """The method's batch. `live` carries the gradient; `states` give the student's own
+        log-probabilities of tokens that nobody sampled."""
+        common: dict[str, Any] = {
+            "tokens": rows.tokens,
+            "mask": rows.mask,
+            "rollout_logprobs": self._sampler_logprobs(rows, states),
+            "outcome": given["outcome"] if needs.outcome else None,
+            "group": rows.group,
+            "step": max(step, 0),
+            "total_steps": self.total_steps,
+            "special": given.get("special"),
+            "prompt": [p.fields for p in rows.prompts],
+        }
+        if given["values"]:
+            common["values"] = given["values"]
+        if live_golden is not None:
+            golden = given["golden"]
+            more = {"tokens": golden.tokens, "mask": golden.mask}
+            more["prompt"] = [p.fields for p in golden.prompts]
+            common["golden"] = self._make(live_golden, {}, None, more)
+        return self._make(live, given["teachers"], given.get("initial"), common)
+
+    def _make(self, live, teachers: dict[str, Scores], initial: Scores | None, common: dict):
+        from opdsl import Batch
+
+        if not self.fused:
+            logits = {n: s.logits for n, s in teachers.items()} or None
+            if initial is not None:
+                common["initial_logits"] = initial.logits
+            return Batch.from_logits(live, teacher_logits=logits, **common)
+        if teachers:
+            common["teacher_hidden"] = {n: s.hidden for n, s in teachers.items()}
+            common["teacher_head"] = {n: s.head for n, s in teachers.items()}
+        if initial is not None:
+            common |= {"initial_hidden": initial.hidden, "initial_head": initial.head}
+        # Half-precision products with float32 accumulation; the master weights stay float32.
+        dtype = torch.bfloat16 if self.runtime.half else live.dtype
+        head = head_of(self.student).weight[: self.vocabulary]
+        return Batch.from_hidden(live.to(dtype), head.to(dtype), **common)
+
+    def _sampler_logprobs(self, rows: Rows, states) -> torch.Tensor:
+        """Log-probabilities [B, T] under the sampler; the student's own where nobody sampled."""
+        logprobs_BT = rows.logprobs
+        for i in torch.isnan(logprobs_BT).any(-1).nonzero().flatten().tolist():
+            if logprobs_BT is rows.logprobs:
+                logprobs_BT = logprobs_BT.clone()
+            with torch.no_grad():
+                logp_TV = self.logits(states[i]).log_softmax(-1)
+            logprobs_BT[i] = logp_TV.gather(-1, rows.tokens[i].unsqueeze(-1)).squeeze(-1)
+        return logprobs_BT
+
+
+class Cut:
+    """States (and logits made from them) detached from the trunk, and the way back.
+
+    The loss sees `leaf`; `backward` sends its gradient through the head once and through the
+    trunk in parts of `size` rows, which are computed again for the purpose.
+    """
+
+    def __init__(self, forward: Forward, rows: Rows, size: int):
+        self.forward, self.rows, self.size = forward, rows, size
+        self.states = forward.states_in_parts(rows, size).requires_grad_()
+        self.live = forward.live(self.states)
+        # On the logits route the loss sees a second leaf, so the head runs backward once.
+        self.leaf = self.live if forward.fused else self.live.detach().requires_grad_()
+
+    def backward(self) -> None:
+        if self.leaf is not self.live and self.leaf.grad is not None:
+            self.live.backward(self.leaf.grad)
+        if self.states.grad is not None:
+            grads = self.states.grad.split(self.size)
+            for part, grad in zip(parts_of(self.rows, self.size), grads):
+                self.forward.states(part).backward(grad)
+
+
+def parts_of(rows: Rows, size: int) -> list[Rows]:
+    """The rows in runs of at most `size`."""
+    B = len(rows)
+    if size >= B:
+        return [rows]
+    return [rows.select(range(i, min(i + size, B)), "") for i in range(0, B, size)]
+
+
+def scores_at(scores: Scores, b, t) -> torch.Tensor:
+    """float32 teacher logits [N, V] of chosen tokens."""
+    if scores.logits is not None:
+        return scores.logits[b, t].float()
+    return F.linear(scores.hidden[b, t].float(), scores.head.float())
+
+
+def combine(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of the whole batch from those of its parts.
+
+    Losses are shares of the whole and add up, and so do counts of tokens; everything else is a
+    mean over tokens.
+    """
+    weights = [m.get("tokens", 1.0) for m in metrics]
+    total = math.fsum(weights) or 1.0
+    combined = {}
+    for key in dict.fromkeys(k for m in metrics for k in m):
+        if key == "tokens" or key.split("/")[0] == "loss":
+            combined[key] = math.fsum(m.get(key, 0.0) for m in metrics)
+        else:
+            pairs = zip(metrics, weights)
+            combined[key] = math.fsum(m.get(key, 0.0) * w for m, w in pairs) / total
+    return combined

@@ -1,0 +1,271 @@
+"""Sampling whole responses from a causal language model.
+
+One key-value-cache loop of our own: inverse-CDF sampling (one uniform number per row and
+step, so a row's random numbers do not depend on the other rows), the log-probability under
+the distribution actually sampled from, finished rows dropped from the batch, and prompts that
+occur several times run through the model once.
+
+It speaks the generic transformers interface only (`input_ids`, `position_ids`,
+`attention_mask`, `past_key_values`, `use_cache`). Models whose forward takes no
+`past_key_values` go through their own `generate`.
+
+Shapes: B rows (responses), U different prompts, P prompt tokens, T response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Responses of one batch.
+
+    tokens [B, T] int64: the response, padded with `pad` behind `lengths`
+    lengths [B] int64: tokens written, the end token included
+    logprobs [B, T] float32: log-probability (nats) of each token under the distribution it was
+        drawn from, temperature and truncation included; with greedy decoding under the
+        untempered distribution of the model; 0 behind `lengths`
+    finished [B] bool: ended by the end token, not by the length cap
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    logprobs: torch.Tensor
+    finished: torch.Tensor
+
+    def rows(self) -> list[list[int]]:
+        """The responses as lists without padding."""
+        tokens, lengths = self.tokens.tolist(), self.lengths.tolist()
+        return [row[:n] for row, n in zip(tokens, lengths)]
+
+
+def sampling_logprobs(
+    logits_BV: torch.Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+) -> torch.Tensor:
+    """Log-probabilities [B, V] of the sampling distribution; -inf where truncated away.
+
+    Order as everywhere else: temperature, then top-k, then top-p over what is left. Nucleus
+    sampling keeps the smallest set of most probable tokens whose mass reaches `top_p`, at
+    least one. Ties at the k-th place are broken by the sort, so exactly k tokens stay.
+    """
+    logits_BV = logits_BV.float()
+    if temperature != 1.0:
+        logits_BV = logits_BV / temperature
+    V = logits_BV.shape[-1]
+    cut_k = top_k is not None and top_k < V
+    if cut_k or top_p < 1.0:
+        sorted_BK, order_BK = torch.topk(logits_BV, min(top_k, V) if cut_k else V, dim=-1)
+        if top_p < 1.0:
+            probs_BK = sorted_BK.softmax(-1)
+            before_BK = probs_BK.cumsum(-1) - probs_BK
+            outside_BK = before_BK >= top_p
+            outside_BK[:, 0] = False
+            sorted_BK = sorted_BK.masked_fill(outside_BK, -torch.inf)
+        logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(-1, order_BK, sorted_BK)
+    return logits_BV.log_softmax(-1)
+
+
+def inverse_cdf(logprobs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """Token ids [B]: the first v whose cumulated probability exceeds the uniform number.
+
+    The uniform number is scaled by the row's total, so that rounding in the cumulated sum can
+    neither favour nor reach past the last token; tokens of probability 0 are never returned.
+    """
+    cdf_BV = logprobs_BV.exp().cumsum(-1)
+    total_B1 = cdf_BV[:, -1:]
+    point_B1 = (uniform_B.to(cdf_BV).unsqueeze(-1) * total_B1)
+    # A product rounded up to the total would fall behind the last token.
+    point_B1 = torch.minimum(point_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(-1)
+
+
+def decode(
+    model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos: int,
+    pad: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    greedy: bool = False,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Rollouts:
+    """Sample one response per prompt.
+
+    prompts: token ids, equally long or ragged (padded on the left here, with a mask and the
+    position ids each row would have alone). `generator` must live on the CPU: the uniform
+    numbers are drawn there, so CPU and GPU runs use the same ones; None uses torch's own.
+    The model's training mode is put back; no gradient is recorded.
+
+    Raises ValueError for no prompts, an empty prompt, or settings outside their range.
+    """
+    _check(prompts, max_new_tokens, temperature, top_p, top_k)
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            settings = (temperature, top_p, top_k, greedy)
+            loop = _cached_loop if _takes_cache(model) else _hf_generate
+            return loop(model, prompts, max_new_tokens, eos, pad, settings, generator, device)
+    finally:
+        model.train(was_training)
+
+
+def _check(prompts, max_new_tokens, temperature, top_p, top_k) -> None:
+    if len(prompts) == 0:
+        raise ValueError("decode needs at least one prompt")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty; a model needs at least one token to go on from")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}; use greedy=True for 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+
+
+def _takes_cache(model) -> bool:
+    return "past_key_values" in inspect.signature(model.forward).parameters
+
+
+def _left_pad(prompts, pad: int, device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """ids [U, P] and mask [U, P] (None where all prompts are equally long)."""
+    longest = max(map(len, prompts))
+    ids_UP = torch.tensor(
+        [[pad] * (longest - len(p)) + list(p) for p in prompts], dtype=torch.int64, device=device
+    )
+    if all(len(p) == longest for p in prompts):
+        return ids_UP, None
+    # The mask comes from the lengths: a prompt may well contain the pad id.
+    lengths_U1 = torch.tensor([[len(p)] for p in prompts], device=device)
+    return ids_UP, torch.arange(longest, device=device) >= longest - lengths_U1
+
+
+def _cached_loop(model, prompts, max_new, eos, pad, settings, generator, device) -> Rollouts:
+    temperature, top_p, top_k, greedy = settings
+    B = len(prompts)
+    index: dict[tuple[int, ...], int] = {}
+    row_of_B = [index.setdefault(tuple(p), len(index)) for p in prompts]
+    ids_UP, mask_UP = _left_pad(list(index), pad, device)
+
+    arguments = {"input_ids": ids_UP, "use_cache": True, "logits_to_keep": 1}
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        del arguments["logits_to_keep"]
+    mask_BL = position_B1 = None
+    if mask_UP is not None:
+        position_UP = (mask_UP.long().cumsum(-1) - 1).clamp(min=0)
+        arguments |= {"attention_mask": mask_UP.long(), "position_ids": position_UP}
+    out = model(**arguments)
+    cache, logits_BV = out.past_key_values, out.logits[:, -1]
+    if len(index) < B:
+        rows = torch.tensor(row_of_B, device=device)
+        cache.batch_select_indices(rows)
+        logits_BV = logits_BV[rows]
+        if mask_UP is not None:
+            mask_UP, position_UP = mask_UP[rows], position_UP[rows]
+    if mask_UP is not None:
+        mask_BL, position_B1 = mask_UP.long(), position_UP[:, -1:]
+
+    tokens_BT = torch.full((B, max_new), pad, dtype=torch.int64, device=device)
+    logprobs_BT = torch.zeros((B, max_new), dtype=torch.float32, device=device)
+    lengths_B = torch.zeros(B, dtype=torch.int64, device=device)
+    finished_B = torch.zeros(B, dtype=torch.bool, device=device)
+    alive = torch.arange(B, device=device)  # row of the result that each running row writes
+    # All uniform numbers at once and for every row: dropping rows changes nobody's numbers.
+    uniform_TB = None if greedy else torch.rand((max_new, B), generator=generator).to(device)
+
+    for t in range(max_new):
+        if greedy:
+            logp_BV = logits_BV.float().log_softmax(-1)
+            token_B = logp_BV.argmax(-1)
+        else:
+            logp_BV = sampling_logprobs(logits_BV, temperature, top_p, top_k)
+            token_B = inverse_cdf(logp_BV, uniform_TB[t, alive])
+        tokens_BT[alive, t] = token_B
+        logprobs_BT[alive, t] = logp_BV.gather(-1, token_B.unsqueeze(-1)).squeeze(-1)
+        lengths_B[alive] += 1
+        ended_B = token_B == eos
+        finished_B[alive] = ended_B
+        if t + 1 == max_new:
+            break
+        keep = (~ended_B).nonzero().squeeze(-1)
+        if len(keep) == 0:
+            break
+        if len(keep) < len(alive):
+            alive, token_B = alive[keep], token_B[keep]
+            cache.batch_select_indices(keep)
+            if mask_BL is not None:
+                mask_BL, position_B1 = mask_BL[keep], position_B1[keep]
+        step = {"input_ids": token_B.unsqueeze(-1), "past_key_values": cache, "use_cache": True}
+        if mask_BL is not None:
+            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], 1)
+            position_B1 = position_B1 + 1
+            step |= {"attention_mask": mask_BL, "position_ids": position_B1}
+        out = model(**step)
+        cache, logits_BV = out.past_key_values, out.logits[:, -1]
+
+    T = int(lengths_B.max())
+    return Rollouts(tokens_BT[:, :T], lengths_B, logprobs_BT[:, :T], finished_B)
+
+
+def _hf_generate(model, prompts, max_new, eos, pad, settings, generator, device) -> Rollouts:
+    """The same through `model.generate`, for recurrent and other models without this cache.
+
+    `generate` draws from torch's global generator, so that one is seeded from ours for the
+    duration and put back afterwards.
+    """
+    temperature, top_p, top_k, greedy = settings
+    ids_BP, mask_BP = _left_pad(prompts, pad, device)
+    if mask_BP is None:
+        mask_BP = torch.ones_like(ids_BP, dtype=torch.bool)
+    chosen: dict = {"do_sample": False}
+    if not greedy:
+        chosen = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=ids_BP,
+            attention_mask=mask_BP.long(),
+            max_new_tokens=max_new,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **chosen,
+        )
+    tokens_BT = out.sequences[:, ids_BP.shape[1] :].clone()
+    is_eos_BT = tokens_BT == eos
+    finished_B = is_eos_BT.any(-1)
+    T = tokens_BT.shape[1]
+    lengths_B = torch.where(finished_B, is_eos_BT.int().argmax(-1) + 1, T)
+    logprobs_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=device)
+    for t, logits_BV in enumerate(out.logits):
+        logp_BV = (
+            logits_BV.float().log_softmax(-1)
+            if greedy
+            else sampling_logprobs(logits_BV, temperature, top_p, top_k)
+        )
+        logprobs_BT[:, t] = logp_BV.gather(-1, tokens_BT[:, t : t + 1]).squeeze(-1)
+    inside_BT = torch.arange(T, device=device) < lengths_B.unsqueeze(-1)
+    return Rollouts(
+        tokens_BT.masked_fill(~inside_BT, pad),
+        lengths_B,
+        logprobs_BT.masked_fill(~inside_BT, 0.0),
+        finished_B,
+    )

@@ -1,0 +1,285 @@
+"""From a plan to everything loaded: models, data, teachers, critics, the step engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opdsl.train import models
+from opdsl.train.critic import Critic
+from opdsl.train.data import FileData, FileOptions, TaskData
+from opdsl.train.errors import problem
+from opdsl.train.forward import Forward
+from opdsl.train.plan import EMBEDDED, Plan, complete
+from opdsl.train.progress import Progress
+from opdsl.train.runtime import Runtime, make_runtime
+from opdsl.train.states import States
+from opdsl.train.step import Engine
+from opdsl.train.teachers.local import (
+    LocalTeacher,
+    MovingAverage,
+    frozen_copy,
+    initial_policy,
+)
+
+FUSED_FROM = 16_384  # vocabulary size above which no [B, T, V] tensor is made
+HASH_LIMIT = 200_000_000  # parameters up to which weights are hashed for the identity of a run
+DECODE_ROWS = 512  # rows per decoding call; bounds the key-value cache
+
+
+@dataclass
+class Session:
+    """A run with everything in memory."""
+
+    plan: Plan
+    method: Any
+    engine: Engine
+    data: Any
+    student: Any
+    old: OldStudent | None
+    tokenizer: Any
+    runtime: Runtime
+    parameters: int
+    identity: dict[str, str]
+
+    def sample(self, ids: list[Sequence[int]], **settings: Any):
+        """Responses of the student of this moment, for evaluation."""
+        limit = self.plan.max_tokens
+        return self.engine.states.sample("student", ids, max_new_tokens=limit, **settings)
+
+
+class OldStudent:
+    """The policy behind `rollouts(old(n))`: a copy of the student, renewed every n steps.
+
+    It is between 1 and n optimizer steps old (exactly 1 for n = 1), except at step 0.
+    """
+
+    def __init__(self, student, lag: int):
+        self.student, self.lag = student, lag
+        self.model = frozen_copy(student)
+
+    def after_step(self, step: int) -> None:
+        """Renew at the start of steps 1, 1 + n, 1 + 2n, … from the weights one step earlier."""
+        if step % self.lag == 0:
+            for name, tensor in self._pending.items():
+                dict(self.model.named_parameters())[name].data.copy_(tensor)
+
+    def before_update(self, step: int) -> None:
+        """Keep the weights this step starts from; they are one step old at the next."""
+        if step % self.lag == 0:
+            self._pending = {n: p.detach().clone() for n, p in self.student.named_parameters()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {n: p.detach() for n, p in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def build(method, plan: Plan, progress: Progress) -> Session:
+    """Load or build everything a plan names. Raises RunProblem for anything missing."""
+    settings = plan.settings
+    runtime = make_runtime(settings.device, settings.precision, tiny=plan.embedded)
+    student, loaded, tokenizers = _models(plan, runtime, progress)
+    if plan.recipe.adapter:
+        student = models.add_adapter(student, plan.recipe.adapter, plan.seed)
+    else:
+        student.requires_grad_(True)
+    vocabulary = models.common_vocabulary(student, loaded, tokenizers)
+    data = _data(method, plan, tokenizers.get("student"), student, loaded)
+    linear_head = models.has_linear_head(student)
+    fused = vocabulary > FUSED_FROM and linear_head
+    if fused and any(not models.has_linear_head(m) for m in loaded.values()):
+        fused = False
+    plan = complete(plan, method, data.rows)
+    teachers, initial = _teachers(
+        method, student, loaded, data, runtime, vocabulary, fused, settings
+    )
+    old = _old(method, student)
+    policies = {"student": lambda: models.bare(student)}
+    if old is not None:
+        policies["old"] = lambda: old.model
+    for name, teacher in teachers.items():
+        policies[name] = lambda teacher=teacher: models.bare(teacher.model())
+    states = States(
+        method.spec.states,
+        data,
+        policy=lambda name: policies[name](),
+        view=lambda name, p: teachers[name].view(p) if name in teachers else p.ids,
+        prompts=plan.prompts,
+        steps=plan.recipe.steps,
+        seed=plan.seed,
+        vocabulary=vocabulary,
+        runtime=runtime,
+        chunk=DECODE_ROWS,
+    )
+    parameters = models.count_parameters(student)
+    engine = Engine(
+        method=method,
+        forward=Forward(student, runtime, vocabulary, fused, linear_head, plan.recipe.steps),
+        teachers=teachers,
+        initial=initial,
+        critics=[Critic(c, student, runtime) for c in _critics(method)],
+        states=states,
+        data=data,
+        recipe=plan.recipe,
+        runtime=runtime,
+        micro_batch=settings.micro_batch,
+    )
+    identity = _identity(method, student, loaded, tokenizers, data)
+    return Session(
+        plan,
+        method,
+        engine,
+        data,
+        student,
+        old,
+        tokenizers.get("student"),
+        runtime,
+        parameters,
+        identity,
+    )
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+def _models(plan: Plan, runtime: Runtime, progress: Progress):
+    """(student, {teacher role: model}, {role: tokenizer or None})."""
+    loaded: dict[str, Any] = {}
+    tokenizers: dict[str, Any] = {}
+    by_source: dict[str, Any] = {}
+    student = None
+    # Everything is looked up before anything large is loaded.
+    for role, source in [("student", plan.student), *plan.teachers.items()]:
+        if source != EMBEDDED:
+            models.check_source(source, role)
+    if EMBEDDED in (plan.student, *plan.teachers.values()):
+        from opdsl.train.embedded import build_pair
+
+        pair = build_pair(
+            plan.task, plan.pair_seed, cache_dir=plan.settings.cache_dir, progress=progress.stage
+        )
+        by_source[EMBEDDED] = pair.teacher.to(runtime.device, runtime.frozen_dtype)
+        if plan.student == EMBEDDED:
+            student = pair.student.to(runtime.device)
+    if student is None:
+        progress.stage("student", 0.0, f"loading {plan.student}")
+        student = models.load_model(plan.student, "student", torch.float32, runtime.device)
+        tokenizers["student"] = models.load_tokenizer(plan.student, "student")
+        progress.stage("student", 1.0, "loaded")
+    for name, source in plan.teachers.items():
+        if source not in by_source:
+            progress.stage(f"teacher {name}", 0.0, f"loading {source}")
+            by_source[source] = models.load_model(
+                source, name, runtime.frozen_dtype, runtime.device
+            )
+            tokenizers[source] = models.load_tokenizer(source, name)
+            progress.stage(f"teacher {name}", 1.0, "loaded")
+        loaded[name] = by_source[source].requires_grad_(False).eval()
+        tokenizers[name] = tokenizers.get(source)
+    return student.eval(), loaded, tokenizers
+
+
+def _data(method, plan: Plan, tokenizer, student, loaded):
+    if plan.task is not None:
+        from opdsl.train.embedded import get_task
+
+        task = get_task(plan.task)
+        return TaskData(task, plan.seed, _invented(method, task))
+    configs = [models.bare(m).config for m in (student, *loaded.values())]
+    return file_data(method, plan, tokenizer, [models.context_limit(c) for c in configs])
+
+
+def file_data(method, plan: Plan, tokenizer, contexts: list[int | None]) -> FileData:
+    """The data file of a plan, read and checked. contexts: the models' limits (tokens)."""
+    needs, settings = method.needs, plan.settings
+    if tokenizer is None:
+        raise problem("OPD701", f"student: {plan.student} has no tokenizer, and the data are text")
+    sources = {s.policy for s in method.spec.states}
+    prefixed = any(s.prefix for s in method.spec.states)
+    options = FileOptions(
+        seed=plan.seed,
+        max_new_tokens=plan.max_tokens,
+        context=min([c for c in contexts if c], default=4096),
+        skip_bad_rows=settings.skip_bad_rows,
+        long_prompts=settings.long_prompts,
+        required_fields=tuple(needs.prompt_fields),
+        needs_response=bool(needs.golden or sources & {"data", "golden"} or prefixed),
+        needs_reference=bool(needs.outcome),
+        verifier=settings.verifier,
+    )
+    return FileData(plan.data or "", tokenizer, options, plan.eval_data)
+
+
+def _invented(method, task) -> dict[str, tuple[str, ...]]:
+    """Values for prompt fields the task lacks: those by which the method's teachers are chosen."""
+    there = set(task.prompts(0, 0, 1)[0].fields)
+    invented = {}
+    for name in method.needs.prompt_fields:
+        if name not in there:
+            values = [t.when[1] for t in method.spec.teachers if t.when and t.when[0] == name]
+            invented[name] = tuple(dict.fromkeys(values)) or ("none",)
+    return invented
+
+
+def _teachers(method, student, loaded, data, runtime, vocabulary, fused, settings):
+    """({role: scorer}, scorer of the initial policy or None)."""
+    common = {"as_hidden": fused, "chunk": settings.micro_batch or None}
+    teachers: dict[str, Any] = {}
+    start = None
+    kinds = {t.kind for t in method.spec.teachers}
+    if method.needs.initial or "initial" in kinds:
+        model, disabled = initial_policy(student)
+        start = LocalTeacher(
+            "initial", model, lambda p: p.ids, runtime, vocabulary, disabled=disabled, **common
+        )
+    for decl in method.spec.teachers:
+        if decl.kind == "initial":
+            teachers[decl.name] = start
+            continue
+        view = _view(decl, data)
+        args = (view, runtime, vocabulary)
+        if decl.kind == "external":
+            model = loaded[decl.name]
+            teachers[decl.name] = LocalTeacher(decl.name, lambda m=model: m, *args, **common)
+        elif decl.kind == "self":
+            teachers[decl.name] = LocalTeacher(decl.name, lambda: student, *args, **common)
+        else:
+            teachers[decl.name] = MovingAverage(decl.name, student, decl.decay, *args, **common)
+    return teachers, start
+
+
+def _view(decl, data):
+    """prompt -> the token ids a teacher reads."""
+    if decl.kind == "self":
+        return lambda p: data.context_ids(p, decl.context)
+    if decl.kind == "external":
+        return lambda p: p.teacher_ids
+    return lambda p: p.ids
+
+
+def _old(method, student) -> OldStudent | None:
+    lags = [s.lag for s in method.spec.states if s.policy == "old"]
+    return OldStudent(student, max(1, *lags)) if lags else None
+
+
+def _critics(method) -> list[Any]:
+    wanted = set(method.needs.values)
+    return [c for c in method.spec.critics if c.name in wanted]
+
+
+def _identity(method, student, loaded, tokenizers, data) -> dict[str, str]:
+    """What a resuming run must match: method, data, tokenizer and starting weights."""
+    identity = {"method": method.fingerprints["method"], "data": data.fingerprint}
+    for name, model in {"student": student, **loaded}.items():
+        if models.count_parameters(model) <= HASH_LIMIT:
+            identity[f"weights of {name}"] = models.weights_hash(model)
+        if tokenizers.get(name) is not None:
+            identity[f"tokenizer of {name}"] = models.tokenizer_hash(tokenizers[name])
+    return identity

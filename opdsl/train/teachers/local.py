@@ -1,0 +1,162 @@
+"""Teachers scored in this process: another model, the student itself, its average, its start.
+
+    external   a frozen model bound by the run
+    self       the student of this moment, reading a privileged context
+    ema        a moving average of the student's weights
+    initial    the student at step 0
+
+Shapes: B rows, T response tokens, S prompt and response together, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from opdsl.train.models import bare, head_of, trunk_of
+from opdsl.train.runtime import Runtime
+from opdsl.train.teachers import Scores
+
+
+def response_hidden(trunk, prompts: Sequence[Sequence[int]], tokens_BT, lengths_B) -> torch.Tensor:
+    """Hidden states [B, T, H] that predict each response token.
+
+    Rows are laid out as prompt + response, padded on the right only: with causal attention
+    padding behind a row cannot reach it, so no mask is needed, and positions start at 0 as they
+    do for the row alone. The state at index P−1+t predicts response token t.
+    """
+    ids_BS, first_B = layout(prompts, tokens_BT)
+    hidden_BSH = trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
+    return gather_response(hidden_BSH, first_B, tokens_BT.shape[1])
+
+
+def layout(prompts: Sequence[Sequence[int]], tokens_BT) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [B, S], index [B] of the state that predicts the first response token).
+
+    The last response token predicts nothing that is used, so it is left out: S = P + T − 1.
+    """
+    B, T = tokens_BT.shape
+    device = tokens_BT.device
+    lengths = [len(p) for p in prompts]
+    longest = max(lengths)
+    if min(lengths) == longest:
+        prompt_BP = torch.tensor([list(p) for p in prompts], dtype=torch.int64, device=device)
+        ids_BS = torch.cat([prompt_BP, tokens_BT[:, :-1]], 1)
+    else:
+        ids_BS = tokens_BT.new_zeros(B, longest + T - 1)
+        for i, prompt in enumerate(prompts):
+            P = len(prompt)
+            ids_BS[i, :P] = torch.tensor(prompt, dtype=torch.int64, device=device)
+            ids_BS[i, P : P + T - 1] = tokens_BT[i, :-1]
+    return ids_BS, torch.tensor([n - 1 for n in lengths], device=device)
+
+
+def gather_response(states_BSx, first_B, T: int) -> torch.Tensor:
+    """States [B, T, …] from index first_B on, out of [B, S, …]."""
+    first = first_B.tolist()
+    if min(first) == max(first):
+        return states_BSx[:, first[0] : first[0] + T]
+    index_BT = first_B.unsqueeze(-1) + torch.arange(T, device=states_BSx.device)
+    return states_BSx.gather(1, index_BT.unsqueeze(-1).expand(-1, -1, states_BSx.shape[-1]))
+
+
+class LocalTeacher:
+    """One model asked for its scores, without gradient, in chunks of rows.
+
+    model: a callable giving the model, because the student may be wrapped later.
+    view: prompt -> the token ids this teacher is conditioned on.
+    disabled: a context in which the model is the one meant (adapters off, for `initial`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Callable[[], Any],
+        view: Callable[[Any], Sequence[int]],
+        runtime: Runtime,
+        vocabulary: int,
+        *,
+        as_hidden: bool,
+        chunk: int | None = None,
+        disabled: Callable[[], Any] = contextlib.nullcontext,
+    ):
+        self.name, self.model, self.view, self.runtime = name, model, view, runtime
+        self.vocabulary, self.as_hidden, self.chunk = vocabulary, as_hidden, chunk
+        self.disabled = disabled
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Any], tokens_BT, lengths_B) -> Scores:
+        views = [self.view(p) for p in prompts]
+        model, B = self.model(), len(views)
+        chunk = self.chunk or B
+        pieces = []
+        with self.disabled(), self.runtime.autocast():
+            for i in range(0, B, chunk):
+                rows = slice(i, i + chunk)
+                pieces.append(self._piece(model, views[rows], tokens_BT[rows], lengths_B[rows]))
+        out = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if self.as_hidden:
+            return Scores(hidden=out, head=head_of(model).weight[: self.vocabulary].detach())
+        return Scores(logits=out.float())
+
+    def _piece(self, model, views, tokens_BT, lengths_B) -> torch.Tensor:
+        if self.as_hidden:
+            return response_hidden(trunk_of(model), views, tokens_BT, lengths_B)
+        return response_logits(model, views, tokens_BT, lengths_B, self.vocabulary)
+
+    def after_update(self) -> None:
+        """A fixed teacher does not change."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """A fixed teacher has nothing to load."""
+
+
+def response_logits(model, prompts, tokens_BT, lengths_B, vocabulary: int) -> torch.Tensor:
+    """Logits [B, T, V] through the model's own head, whatever it does after the projection."""
+    ids_BS, first_B = layout(prompts, tokens_BT)
+    logits_BSV = bare(model)(input_ids=ids_BS, use_cache=False).logits
+    return gather_response(logits_BSV, first_B, tokens_BT.shape[1])[..., :vocabulary]
+
+
+class MovingAverage(LocalTeacher):
+    """w ← decay · w + (1 − decay) · student, after every optimizer step."""
+
+    def __init__(self, name: str, student, decay: float, *args: Any, **kwargs: Any):
+        self.average = frozen_copy(student)
+        self.student, self.decay = student, decay
+        super().__init__(name, lambda: self.average, *args, **kwargs)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        live = dict(self.student.named_parameters())
+        for name, mean in self.average.named_parameters():
+            if live[name].requires_grad:
+                mean.lerp_(live[name].detach().to(mean.dtype), 1.0 - self.decay)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {n: p.detach() for n, p in self.average.named_parameters()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.average.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def frozen_copy(model):
+    """A deep copy that takes no gradient."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def initial_policy(student) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """(model, context) of the student at step 0: a copy, or the student with adapters off."""
+    if hasattr(student, "disable_adapter"):
+        return (lambda: student), student.disable_adapter
+    kept = frozen_copy(student)
+    return (lambda: kept), contextlib.nullcontext
