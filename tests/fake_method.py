@@ -34,6 +34,8 @@ class FakeBatch:
             for k in ("tokens", "mask", "rollout_logprobs", "values", "golden")
             if k in rest
         }
+        if isinstance(known.get("values"), dict):
+            (known["values"],) = known["values"].values()
         return cls(student_logits, teacher_logits, extra=rest, **known)
 
     @classmethod

@@ -63,7 +63,10 @@ def _one(name: str, chosen: dict[str, object], fix: bool) -> tuple[Diagnostic, .
 
             path = Path(source.path)
             write_atomically(path, apply(source.text, edits))
-            click.echo(f"fixed {len(edits)} place{'s' if len(edits) != 1 else ''} in {display(path)}", err=True)
+            click.echo(
+                f"fixed {len(edits)} place{'s' if len(edits) != 1 else ''} in {display(path)}",
+                err=True,
+            )
             found = _all(source_of(name), chosen)
     return found
 
@@ -74,7 +77,9 @@ def _all(source, chosen: dict[str, object]) -> tuple[Diagnostic, ...]:
     for method in first.methods[:-1]:
         for d in Compilation(source, method, chosen).diagnostics:
             if not any(
-                d.code == o.code and d.primary.span.start == o.primary.span.start and d.message == o.message
+                d.code == o.code
+                and d.primary.span.start == o.primary.span.start
+                and d.message == o.message
                 for o in found
             ):
                 found.append(d)

@@ -11,7 +11,12 @@ from opdsl.cli.common import compiled, settings
 
 @click.command()
 @click.argument("spec")
-@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write here instead of printing.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write here instead of printing.",
+)
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Set a knob.")
 @click.option("--method", help="Which method of the file.")
 def emit(spec: str, output: Path | None, pairs: tuple[str, ...], method: str | None) -> None:
@@ -31,6 +36,13 @@ def emit(spec: str, output: Path | None, pairs: tuple[str, ...], method: str | N
         from opdsl.source import NOWHERE
 
         raise CompileError(
-            [make("OPD704", NOWHERE, f"cannot write {output}: {e.strerror}", helps=["-o another/path.py"])]
+            [
+                make(
+                    "OPD704",
+                    NOWHERE,
+                    f"cannot write {output}: {e.strerror}",
+                    helps=["-o another/path.py"],
+                )
+            ]
         ) from None
     click.echo(f"wrote {output}", err=True)

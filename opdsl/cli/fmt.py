@@ -13,7 +13,9 @@ from opdsl.cli.common import display, show, source_of
 
 @click.command()
 @click.argument("files", nargs=-1, required=True)
-@click.option("--check", "check_", is_flag=True, help="Write nothing; exit code 1 if a file would change.")
+@click.option(
+    "--check", "check_", is_flag=True, help="Write nothing; exit code 1 if a file would change."
+)
 @click.option("--diff", is_flag=True, help="Show what would change.")
 def fmt(files: tuple[str, ...], check_: bool, diff: bool) -> None:
     """Format spec files in place (`-` writes standard input back to standard output)."""

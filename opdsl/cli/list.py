@@ -64,7 +64,9 @@ def _std() -> list[dict[str, object]]:
         file, _ = parse(read_source(path))
         for item in file.items if file else ():
             if isinstance(item, tree.Def):
-                out.append({"file": path.stem, "definition": signature(item), "meaning": item.doc or ""})
+                out.append(
+                    {"file": path.stem, "definition": signature(item), "meaning": item.doc or ""}
+                )
     return out
 
 

@@ -34,7 +34,9 @@ def new(name: str, force: bool) -> None:
     path = Path(name if name.endswith(".opd") else f"{name}.opd")
     stem = path.stem
     if not re.fullmatch(r"[A-Za-z_][A-Za-z_0-9]*", stem) or stem in RESERVED:
-        raise click.UsageError(f"{stem!r} cannot name a method: letters, digits and _ , not a built-in name")
+        raise click.UsageError(
+            f"{stem!r} cannot name a method: letters, digits and _ , not a built-in name"
+        )
     if path.exists() and not force:
         raise click.UsageError(f"{path} exists; --force overwrites it")
     from opdsl.cli.fmt import write_atomically

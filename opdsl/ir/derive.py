@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Builder, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
-from opdsl.meaning.graph import nodes_below
 
 
 @dataclass(frozen=True, slots=True)

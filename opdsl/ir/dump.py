@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from opdsl.ir.program import Program
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import AXIS_WORDS, Axis
-from opdsl.meaning.graph import nodes_below
 
 
 def dump(program: Program) -> str:

@@ -10,8 +10,8 @@ import hashlib
 import json
 
 from opdsl.ir.program import Program
-from opdsl.meaning.node import Node
 from opdsl.meaning.graph import nodes_below
+from opdsl.meaning.node import Node
 
 
 def digest(value: object) -> str:
@@ -42,7 +42,10 @@ def fingerprints(program: Program) -> dict[str, str]:
         "teachers": [[t.name, t.kind, t.context, t.decay, t.when] for t in spec.teachers],
         "critics": [[c.init, c.lr, c.warmup] for c in spec.critics],
     }
-    runs = {k: [dict(r.settings), {s: list(v) for s, v in r.sweeps.items()}] for k, r in spec.runs.items()}
+    runs = {
+        k: [dict(r.settings), {s: list(v) for s, v in r.sweeps.items()}]
+        for k, r in spec.runs.items()
+    }
     return {
         "method": digest(method),
         "optimize": digest(dict(spec.optimize)) if spec.optimize else "–",
@@ -51,4 +54,15 @@ def fingerprints(program: Program) -> dict[str, str]:
 
 
 def _state(s) -> list:
-    return [s.kind, s.policy, str(s.share), s.temperature, s.top_p, s.top_k, s.group, s.max_tokens, s.lag, s.prefix]
+    return [
+        s.kind,
+        s.policy,
+        str(s.share),
+        s.temperature,
+        s.top_p,
+        s.top_k,
+        s.group,
+        s.max_tokens,
+        s.lag,
+        s.prefix,
+    ]

@@ -18,9 +18,9 @@ from opdsl.emit.batch import Batch, BatchError, DenseDist, HiddenDist, SparseDis
 from opdsl.emit.routed import add_routed, resolve
 from opdsl.ir.derive import TAIL_FLOOR
 from opdsl.ir.program import Part, Program
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import Axis
-from opdsl.meaning.graph import nodes_below
 
 FLOOR = -1e30  # log-probability of an impossible entry (padding rows), finite so that 0 · log 0 = 0
 
@@ -89,7 +89,9 @@ def _part(part: Part, batch: Batch) -> tuple[float, Tensor, dict[str, float]]:
         (g_NV,) = torch.autograd.grad(value, z_NV)
         assert batch.place_N is not None
         grad[batch.place_N] = g_NV
-    by_term = {row.term.name: float(_rows(run(row.loss).detach(), batch).sum()) for row in part.terms}
+    by_term = {
+        row.term.name: float(_rows(run(row.loss).detach(), batch).sum()) for row in part.terms
+    }
     return float(value.detach()), grad.reshape(b_, t_, -1), by_term
 
 
@@ -371,7 +373,9 @@ class Evaluator:
             valid = torch.cat([valid, torch.ones(n_rows, 1, dtype=torch.bool)], 1)
         else:
             valid = s[1]  # type: ignore[index]
-        return torch.where(valid, x.expand(valid.shape), torch.full_like(valid, fill, dtype=x.dtype))
+        return torch.where(
+            valid, x.expand(valid.shape), torch.full_like(valid, fill, dtype=x.dtype)
+        )
 
     def _sum_v(self, n: Node, x: Tensor, s: object) -> Tensor:
         return self._entries(self.lift(x, n.args[0], Axis.VOCAB).double(), s, 0.0).sum(1)
@@ -498,6 +502,8 @@ def _lookup(d: SparseDist, ids: Tensor, y_N: Tensor) -> Tensor:
         out = torch.where(ids == y_N[:, None], d.logp_N.double()[:, None], out)
     if d.ids_NK is not None and d.logp_NK is not None:
         same = ids[:, :, None] == d.ids_NK[:, None, :]
-        found = torch.where(same, d.logp_NK.double()[:, None, :], torch.full_like(same, FLOOR, dtype=torch.float64))
+        found = torch.where(
+            same, d.logp_NK.double()[:, None, :], torch.full_like(same, FLOOR, dtype=torch.float64)
+        )
         out = torch.maximum(out, found.amax(-1))
     return out

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from opdsl.ir.derive import Cotangent, adjoints, cotangents
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Builder, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
 from opdsl.meaning.spec import Spec, Term
-from opdsl.meaning.graph import nodes_below
 
 EMPTY = 1e-12  # floor of a denominator that may be an empty sum of gates
 
@@ -106,7 +106,9 @@ def _row(b: Builder, spec: Spec, term: Term) -> Row:
     return Row(term, a, b.mul(lift_token(b, loss), factor))
 
 
-def rewrite(b: Builder, root: Node, change: Callable[[Node, tuple[Node, ...]], Node | None]) -> Node:
+def rewrite(
+    b: Builder, root: Node, change: Callable[[Node, tuple[Node, ...]], Node | None]
+) -> Node:
     """Rebuild a graph; `change` may replace a node given its rebuilt arguments."""
     new: dict[int, Node] = {}
     for n in nodes_below([root]):

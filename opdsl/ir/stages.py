@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from opdsl.ir.derive import Cotangent, strip
 from opdsl.ir.program import Part, Program, lift_token
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import COUPLING_OPS, SET_OPS, Node
 from opdsl.meaning.quantity import Axis
-from opdsl.meaning.graph import nodes_below
 
 FREE = -2  # computable anywhere from the batch's own inputs
 

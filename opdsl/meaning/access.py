@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from opdsl.codes import make
 from opdsl.diagnostics import Label, Report
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 from opdsl.meaning.spec import ACCESS_ORDER, Spec
-from opdsl.meaning.graph import nodes_below
 from opdsl.source import Span
 
 
@@ -37,8 +37,12 @@ def requirements(spec: Spec) -> dict[str, Requirement]:
         new = Requirement(level, k, span)
         out[name] = out[name].join(new) if name in out else new
 
-    for n in nodes_below([t.loss for t in spec.terms] + [t.gate for t in spec.terms] + [t.weight for t in spec.terms]):
-        leaves = [a for a in n.args if a.op == "logp" and a.attr("dist") not in ("student", "initial")]
+    for n in nodes_below(
+        [t.loss for t in spec.terms] + [t.gate for t in spec.terms] + [t.weight for t in spec.terms]
+    ):
+        leaves = [
+            a for a in n.args if a.op == "logp" and a.attr("dist") not in ("student", "initial")
+        ]
         for leaf in leaves:
             name = str(leaf.attr("dist"))
             tempered = leaf.attr("temperature") != 1.0

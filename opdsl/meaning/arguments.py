@@ -62,7 +62,13 @@ def bind(
                     notes=[signature(d)],
                 )
         if target in bound:
-            el.fail("OPD103", arg.span, f"`{target}` is given twice", "second time", notes=[signature(d)])
+            el.fail(
+                "OPD103",
+                arg.span,
+                f"`{target}` is given twice",
+                "second time",
+                notes=[signature(d)],
+            )
         value = el.ev(arg.value, env)
         if isinstance(value, vl.Bad):
             raise Stop
@@ -203,7 +209,7 @@ def in_domain(
             if above:
                 edge = f"not {'below' if domain.high_open else 'at most'} {high:g}"
             secondary = []
-            if id(domain.span.source) not in el._std and domain.span.source is span.source:
+            if domain.span.source is span.source:
                 secondary = [Label(domain.span, "the range declared here")]
             el.fail(
                 "OPD110",

@@ -19,7 +19,9 @@ TAILS = ("drop", "detach", "bin", "renormalize", "sampled")
 # ---- reductions --------------------------------------------------------------------------
 
 
-def reduce_vocab(el: Elaborator, e: tree.Reduce, name: str, domain: vl.Domain, env: Env) -> vl.Value:
+def reduce_vocab(
+    el: Elaborator, e: tree.Reduce, name: str, domain: vl.Domain, env: Env
+) -> vl.Value:
     """sum, mean, max, min, normalize, softmax over the entries of an index set."""
     b = el.b
     inner_domain = domain
@@ -58,7 +60,11 @@ def reduce_vocab(el: Elaborator, e: tree.Reduce, name: str, domain: vl.Domain, e
             total = b.add(total, _sampled_tail(el, e, domain, env))
         return vl.Num(total)
     if name == "mean":
-        one = b.const(1.0) if domain.mask is None else b.where(domain.mask, b.const(1.0), b.const(0.0))
+        one = (
+            b.const(1.0)
+            if domain.mask is None
+            else b.where(domain.mask, b.const(1.0), b.const(0.0))
+        )
         count = b.maximum(b.make("sum_v", (one, domain.set), _count(domain)), b.const(1.0))
         return vl.Num(b.div(b.sum_v(masked, domain.set), count))
     if name in ("max", "min"):
@@ -105,7 +111,11 @@ def normalized(el: Elaborator, domain: vl.Domain, weight: Node, e: tree.Reduce) 
     safe = b.where(b.compare("<", b.const(0.0), total), total, b.const(1.0))
     share = b.div(weight, safe)
     share = b.make(
-        share.op, share.args, share.q.with_(unit="prob", low=0.0, high=1.0), **dict(share.attrs), unit="prob"
+        share.op,
+        share.args,
+        share.q.with_(unit="prob", low=0.0, high=1.0),
+        **dict(share.attrs),
+        unit="prob",
     )
     return vl.SetDist(domain, b.log(share), span=e.span)
 
@@ -124,7 +134,9 @@ def reduce_rows(el: Elaborator, e: tree.Reduce, name: str, rows: str, body: Node
     if name == "std":
         mean = reduce_rows(el, _with_func(e, "mean"), "mean", rows, body)
         gap = b.sub(body, mean)
-        return b.pow(reduce_rows(el, _with_func(e, "mean"), "mean", rows, b.mul(gap, gap)), b.const(0.5))
+        return b.pow(
+            reduce_rows(el, _with_func(e, "mean"), "mean", rows, b.mul(gap, gap)), b.const(0.5)
+        )
     if name == "mean":
         total = _fold(el, body, rows, "sum", e)
         one = b.input("one", Quantity(body_axis(body, rows), "real", 1, 1, Info.STATE))
@@ -220,13 +232,20 @@ def call_builtin(el: Elaborator, name: str, e: tree.Call, env: Env) -> vl.Value:
         dist = el.dist(args[0], env)
         tau = el.static(args[1], env, "the temperature")
         if tau <= 0:
-            el.fail("OPD110", args[1].span, f"a temperature is above 0, this is {tau:g}", "not above 0")
+            el.fail(
+                "OPD110", args[1].span, f"a temperature is above 0, this is {tau:g}", "not above 0"
+            )
         if isinstance(dist, vl.LeafDist):
             return vl.LeafDist(dist.name, dist.is_live, dist.temperature * tau)
         if isinstance(dist, vl.FrozenDist) and isinstance(dist.inner, vl.LeafDist):
             inner = dist.inner
             return vl.FrozenDist(vl.LeafDist(inner.name, inner.is_live, inner.temperature * tau))
-        el.fail("OPD202", args[0].span, "only a model's own distribution can be tempered", f"a {dist.kind}")
+        el.fail(
+            "OPD202",
+            args[0].span,
+            "only a model's own distribution can be tempered",
+            f"a {dist.kind}",
+        )
     if name == "special":
         args = _positional(el, name, e, 1)
         if not isinstance(el.ev(args[0], env), vl.IndexY):
@@ -261,9 +280,16 @@ def call_builtin(el: Elaborator, name: str, e: tree.Call, env: Env) -> vl.Value:
         x = el.number(args[0], env)
         share = el.static(args[1], env, "the share of a quantile")
         if not 0 <= share <= 1:
-            el.fail("OPD110", args[1].span, f"a quantile's share lies in [0, 1], this is {share:g}", "")
+            el.fail(
+                "OPD110", args[1].span, f"a quantile's share lies in [0, 1], this is {share:g}", ""
+            )
         if x.q.axis is Axis.VOCAB:
-            el.fail("OPD201", args[0].span, "a quantile is taken over tokens or sequences", x.q.describe())
+            el.fail(
+                "OPD201",
+                args[0].span,
+                "a quantile is taken over tokens or sequences",
+                x.q.describe(),
+            )
         return vl.Num(b.couple("quantile_b", x, Axis.CONST, Info.PROMPT, share=share))
     arg = _positional(el, name, e, 1)[0]
     return vl.Num(_unary(el, name, arg, env))
@@ -295,10 +321,15 @@ def _positional(el: Elaborator, name: str, e: tree.Call, count: int | None) -> l
         if not isinstance(a, tree.Arg) or a.name is not None:
             el.fail("OPD104", a.span, f"`{name}` takes plain arguments", "give it without a name")
         out.append(a.value)  # type: ignore[union-attr]
-    if count is not None and len(out) != count or not out:
+    if (count is not None and len(out) != count) or not out:
         want = count or "at least one"
         code = "OPD106" if count is not None and len(out) > count else "OPD105"
-        el.fail(code, e.span, f"`{name}` takes {want} argument{'s' if want != 1 else ''}", f"{len(out)} given")
+        el.fail(
+            code,
+            e.span,
+            f"`{name}` takes {want} argument{'s' if want != 1 else ''}",
+            f"{len(out)} given",
+        )
     return out
 
 
@@ -374,7 +405,7 @@ def _schedule(el: Elaborator, name: str, e: tree.Call, env: Env) -> vl.Value:
         el.fail(
             "OPD105",
             e.span,
-            f"a schedule says where it starts, where it ends and over what",
+            "a schedule says where it starts, where it ends and over what",
             "incomplete",
             helps=[f"{name}(1 -> 0.3 over 500 steps)", f"{name}(1 -> 0.3 over run)"],
         )
@@ -386,13 +417,19 @@ def _schedule(el: Elaborator, name: str, e: tree.Call, env: Env) -> vl.Value:
     if not (isinstance(ramp.over, tree.Name) and ramp.over.name == "run"):
         over = el.static(ramp.over, env, "the length of a schedule")
         if over <= 0:
-            el.fail("OPD110", ramp.over.span, "a schedule lasts at least one step", f"{over:g} steps")
+            el.fail(
+                "OPD110", ramp.over.span, "a schedule lasts at least one step", f"{over:g} steps"
+            )
     return vl.Num(el.b.schedule(name, start, stop, over))
 
 
 def _critic(el: Elaborator, e: tree.Call, env: Env) -> vl.Value:
     args = named(el, e, ("init", "lr", "warmup"))
-    init = word(el, args["init"], ("student", "zero"), "an initialisation of a critic") if "init" in args else "student"
+    init = (
+        word(el, args["init"], ("student", "zero"), "an initialisation of a critic")
+        if "init" in args
+        else "student"
+    )
     lr = el.static(args["lr"], env, "a learning rate") if "lr" in args else 1e-3
     warmup = int(el.static(args["warmup"], env, "a number of steps")) if "warmup" in args else 0
     return vl.Critic(init, lr, warmup)
@@ -405,7 +442,13 @@ def _sft(el: Elaborator, e: tree.Call) -> vl.Value:
     if not (isinstance(data, tree.Name) and data.name in ("golden", "data")) and not isinstance(
         data, tree.Text
     ):
-        el.fail("OPD105", e.span, "`sft` says on which data", "which data?", helps=["sft(data = golden)"])
+        el.fail(
+            "OPD105",
+            e.span,
+            "`sft` says on which data",
+            "which data?",
+            helps=["sft(data = golden)"],
+        )
     el.golden = True
     return vl.Num(el.b.neg(el.b.at_y(el.b.logp("student", True))))
 
@@ -415,8 +458,15 @@ def _routed(el: Elaborator, e: tree.Call, env: Env) -> vl.Value:
     for a in e.args:
         value = el.ev(a.value, env) if isinstance(a, tree.Arg) else None
         if not isinstance(value, vl.LeafDist) or value.is_live:
-            el.fail("OPD202", a.span, "`routed` chooses among teachers", "expected the name of a teacher")
+            el.fail(
+                "OPD202",
+                a.span,
+                "`routed` chooses among teachers",
+                "expected the name of a teacher",
+            )
         parts.append(value.name)  # type: ignore[union-attr]
     if len(parts) < 2:
-        el.fail("OPD105", e.span, "`routed` chooses among at least two teachers", "nothing to choose")
+        el.fail(
+            "OPD105", e.span, "`routed` chooses among at least two teachers", "nothing to choose"
+        )
     return vl.RoutedTeachers(tuple(parts))

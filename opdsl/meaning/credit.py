@@ -41,7 +41,12 @@ def credited(el: Elaborator, e: tree.Expr, env: Env, signal: Node) -> Credited:
                 kept.append(a)
         rule = tree.Call(e.func, tuple(kept), e.span)
     credit = _apply(
-        el, rule, env, signal, "credit", ("immediate", "return_to_go", "gae(V = V, gamma = 1, lam = 0.95)")
+        el,
+        rule,
+        env,
+        signal,
+        "credit",
+        ("immediate", "return_to_go", "gae(V = V, gamma = 1, lam = 0.95)"),
     )
     credit = lift(el, credit, Axis.TOK)
     name = None
@@ -74,7 +79,13 @@ def _apply(
     func = e.func if isinstance(e, tree.Call) else e
     args = e.args if isinstance(e, tree.Call) else ()
     if not isinstance(func, tree.Name):
-        el.fail("OPD309", e.span, f"this is not a rule of {role}", "expected a name", helps=list(examples))
+        el.fail(
+            "OPD309",
+            e.span,
+            f"this is not a rule of {role}",
+            "expected a name",
+            helps=list(examples),
+        )
     assert isinstance(func, tree.Name)
     prefixed = env.scope.find_def(f"{role}_{func.name}")
     found = prefixed or env.scope.find_def(func.name)
@@ -95,7 +106,12 @@ def _apply(
     assert found is not None
     value = el.inline(vl.Closure(*found), args, e.span, env, (vl.Num(signal),))
     if not isinstance(value, vl.Num):
-        el.fail("OPD309", e.span, f"a rule of {role} gives one number per token", f"this is a {value.kind}")
+        el.fail(
+            "OPD309",
+            e.span,
+            f"a rule of {role} gives one number per token",
+            f"this is a {value.kind}",
+        )
     node = value.node  # type: ignore[union-attr]
     if node.q.axis is Axis.VOCAB:
         el.fail("OPD201", e.span, f"a rule of {role} gives one number per token", node.q.describe())

@@ -18,7 +18,7 @@ from opdsl.meaning.names import BUILTIN_FUNCTIONS, BUILTIN_NAMES, Scope, closest
 from opdsl.meaning.node import Builder, Node, compatible_units
 from opdsl.meaning.quantity import Axis, Info, Quantity
 from opdsl.meaning.recurrence import NotAffine, affine
-from opdsl.source import NOWHERE, Span
+from opdsl.source import NOWHERE, Source, Span
 from opdsl.syntax import tree
 
 
@@ -87,11 +87,11 @@ UNITS = {"bits": ("nats", 0.6931471805599453), "%": ("real", 0.01), "nats": ("na
 class Elaborator:
     """Evaluates expressions; see `opdsl.meaning.builtins` for the functions of the language."""
 
-    def __init__(self, builder: Builder, report: Report, std_sources: frozenset[int]):
+    def __init__(self, builder: Builder, report: Report, std: Scope):
         self.b = builder
         self.report = report
         self.ctx = Context()
-        self._std = std_sources  # ids of the sources of the standard library
+        self.std = std
         self._calls: list[tuple[Span, str]] = []
         self.steps = 0
         self.access: dict[str, str] = {}  # teacher -> access level
@@ -107,10 +107,15 @@ class Elaborator:
         self.report.add(make(code, outer, message, label, notes=notes, **more))  # type: ignore[arg-type]
         raise Stop
 
+    def of_library(self, source: Source) -> bool:
+        """Whether a source belongs to the standard library."""
+        return any(source is s for s in getattr(self.std.defs, "sources", ()))
+
     def _outside(self, span: Span) -> Span:
-        if id(span.source) in self._std:
+        """The user's own text that led here: the call, for places in the standard library."""
+        if self._calls and self.of_library(span.source):
             for call, _ in self._calls:
-                if id(call.source) not in self._std:
+                if not self.of_library(call.source):
                     return call
         return span
 
@@ -167,7 +172,9 @@ class Elaborator:
         if isinstance(value, vl.Dist) and "number" in what:
             text = expr.span.text
             helps = [f"{text}[y] is its probability of the sampled token"]
-        self.fail("OPD202", expr.span, f"expected {what} here", f"this is a {value.kind}", helps=helps)
+        self.fail(
+            "OPD202", expr.span, f"expected {what} here", f"this is a {value.kind}", helps=helps
+        )
 
     # -- dispatch --------------------------------------------------------------------------
     def ev(self, expr: tree.Expr, env: Env) -> vl.Value:
@@ -199,7 +206,7 @@ class Elaborator:
             return found
         if e.name in BUILTIN_NAMES:
             return self._builtin_name(e)
-        if e.name == "T" and self.ctx.teacher is not None and id(e.span.source) in self._std:
+        if e.name == "T" and self.ctx.teacher is not None and self.of_library(e.span.source):
             return self.ctx.teacher  # the term's own teacher, in a baseline of the library
         if e.name in BUILTIN_FUNCTIONS:
             return vl.Builtin(e.name)
@@ -221,7 +228,9 @@ class Elaborator:
             about = f" (standard library: {entry.doc})" if entry is not None and entry.doc else ""
             helps.append(f"a close name: `{near}`{about}")
         elif name[:1].isupper() and name.isidentifier():
-            helps.append(f"a teacher is declared first:  teacher {name} = external(access = logits)")
+            helps.append(
+                f"a teacher is declared first:  teacher {name} = external(access = logits)"
+            )
         else:
             helps.append("`opdsl explain NAME` shows a definition; `opdsl list std` lists them")
         self.fail(
@@ -398,10 +407,16 @@ class Elaborator:
 
     def _index_test(self, e: tree.Binary, left: vl.Value, right: vl.Value) -> vl.Value:
         pair = (left, right) if isinstance(left, vl.IndexV) else (right, left)
-        if e.op in ("==", "!=") and isinstance(pair[0], vl.IndexV) and isinstance(pair[1], vl.IndexY):
+        if (
+            e.op in ("==", "!=")
+            and isinstance(pair[0], vl.IndexV)
+            and isinstance(pair[1], vl.IndexY)
+        ):
             same = self.b.is_y(pair[0].domain.base)
             return vl.Num(same if e.op == "==" else self.b.not_(same))
-        self.fail("OPD202", e.span, "indices can only be tested as v == y or v != y", "not such a test")
+        self.fail(
+            "OPD202", e.span, "indices can only be tested as v == y or v != y", "not such a test"
+        )
         raise Stop
 
     def _mix(self, e: tree.Binary, left: vl.Value, right: vl.Value) -> vl.Value:
@@ -488,7 +503,10 @@ class Elaborator:
                     e.span,
                     "of the sampling policy only the sampled token's probability is known",
                     "rollout[v] is not recorded",
-                    helps=["rollout[y] is the probability of the sampled token", "or use `student`"],
+                    helps=[
+                        "rollout[y] is the probability of the sampled token",
+                        "or use `student`",
+                    ],
                 )
             try:
                 return vl.Num(b.exp(base.on(b, index.domain)))
@@ -563,13 +581,17 @@ class Elaborator:
 
         tail, rest = tail_argument(self, e.args)
         if rest:
-            self.fail("OPD106", e.span, "this index set takes only `tail = …`", "unexpected argument")
+            self.fail(
+                "OPD106", e.span, "this index set takes only `tail = …`", "unexpected argument"
+            )
         return with_tail(self, domain, tail)
 
     def _want_direction(self, e: tree.Call, func: vl.Closure, value: vl.Value) -> None:
         """A comparison of two distributions at a state must show its direction."""
         formals = func.definition.params
-        two = len(formals) >= 2 and all(p.type is not None and p.type.unit == "dist" for p in formals[:2])
+        two = len(formals) >= 2 and all(
+            p.type is not None and p.type.unit == "dist" for p in formals[:2]
+        )
         if not two or not isinstance(value, vl.Num) or len(e.args) < 2:
             return
         q = value.node.q

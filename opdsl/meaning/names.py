@@ -8,7 +8,8 @@ copied spec keeps working.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +19,65 @@ from opdsl.source import Source, Span
 from opdsl.syntax import tree
 
 BUILTIN_NAMES = frozenset(
-    "student rollout initial reference data golden y v t A outcome verifier prompt position "
-    "length step support full group others sequence batch same_position sampled i".split()
+    [
+        "student",
+        "rollout",
+        "initial",
+        "reference",
+        "data",
+        "golden",
+        "y",
+        "v",
+        "t",
+        "A",
+        "outcome",
+        "verifier",
+        "prompt",
+        "position",
+        "length",
+        "step",
+        "support",
+        "full",
+        "group",
+        "others",
+        "sequence",
+        "batch",
+        "same_position",
+        "sampled",
+        "i",
+    ]
 )
 BUILTIN_FUNCTIONS = frozenset(
-    "log exp abs min max clip sg live normalize softmax sigmoid tanh special mean sum std "
-    "quantile sft tempered top top_p union intersection critic routed linear cosine constant".split()
+    [
+        "log",
+        "exp",
+        "abs",
+        "min",
+        "max",
+        "clip",
+        "sg",
+        "live",
+        "normalize",
+        "softmax",
+        "sigmoid",
+        "tanh",
+        "special",
+        "mean",
+        "sum",
+        "std",
+        "quantile",
+        "sft",
+        "tempered",
+        "top",
+        "top_p",
+        "union",
+        "intersection",
+        "critic",
+        "routed",
+        "linear",
+        "cosine",
+        "constant",
+    ]
 )
 RESERVED = BUILTIN_NAMES | BUILTIN_FUNCTIONS
 
@@ -78,6 +132,62 @@ Parse = Callable[[Source], tuple[tree.File | None, tuple[Diagnostic, ...]]]
 Read = Callable[[Path], Source]
 
 
+_DEF = re.compile(r"^def[ \t]+([A-Za-z_]\w*)", re.MULTILINE)
+
+
+class Library(dict[str, tree.Def]):
+    """The definitions of the standard library, each parsed when it is first looked up.
+
+    Definitions start at the left margin, so a file is cut at every `def`; everything else is
+    blanked, which keeps offsets and lines true.
+    """
+
+    def __init__(self, parse: Parse, report: Report):
+        super().__init__()
+        self._parse, self._report = parse, report
+        self._where: dict[str, tuple[Source, int, int]] = {}
+        self.sources: list[Source] = []
+
+    def add(self, source: Source) -> None:
+        self.sources.append(source)
+        found = list(_DEF.finditer(source.text))
+        for i, m in enumerate(found):
+            end = found[i + 1].start() if i + 1 < len(found) else len(source.text)
+            self._where[m.group(1)] = (source, m.start(), end)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def keys(self):
+        return self._where.keys()
+
+    def values(self):
+        return [self[name] for name in self._where]
+
+    def get(self, name: str, default=None):
+        return self[name] if name in self._where else default
+
+    def __missing__(self, name: str) -> tree.Def:
+        source, start, end = self._where[name]
+        text = source.text
+        header = "opd 1"
+        kept = header + "".join("\n" if c == "\n" else " " for c in text[len(header) : start])
+        file, problems = self._parse(Source(source.name, kept + text[start:end], source.path))
+        for d in problems:
+            self._report.add(d)
+        item = file.items[0] if file is not None and file.items else None
+        assert isinstance(item, tree.Def), f"{source.name}: {name}"
+        self[name] = item
+        self.sources.append(item.span.source)
+        return item
+
+
 class Loader:
     """Loads a file and everything it imports, once each; reports, never raises.
 
@@ -93,15 +203,10 @@ class Loader:
     # -- the standard library ------------------------------------------------------------
     def std(self) -> Scope:
         if self._std is None:
-            scope = Scope(Source("std", ""))
-            self._std = scope
+            library = Library(self.parse, self.report)
             for path in sorted((self.shipped / "std").glob("*.opd")):
-                file, problems = self.parse(self.read(path))
-                for d in problems:
-                    self.report.add(d)
-                for item in file.items if file else ():
-                    if isinstance(item, tree.Def):
-                        scope.defs[item.name.name] = item
+                library.add(self.read(path))
+            self._std = Scope(Source("std", ""), defs=library)
         return self._std
 
     # -- files ---------------------------------------------------------------------------
@@ -242,7 +347,7 @@ class Loader:
                     imp.target_span,
                     "an import may not leave the folder of the spec",
                     f"outside {self.root}",
-                    helps=["copy the file beside this one and import it as \"./name.opd\""],
+                    helps=['copy the file beside this one and import it as "./name.opd"'],
                 )
             )
             return None
@@ -252,7 +357,9 @@ class Loader:
             inside = (base / text).resolve()
             if base.resolve() in inside.parents and inside.is_file():
                 return inside
-        self._not_found(imp, [p.name for p in target.parent.glob("*.opd")] if target.parent.is_dir() else [])
+        self._not_found(
+            imp, [p.name for p in target.parent.glob("*.opd")] if target.parent.is_dir() else []
+        )
         return None
 
     def _not_found(self, imp: tree.Import, nearby: list[str]) -> None:
@@ -260,7 +367,9 @@ class Loader:
         near = closest(stem, nearby)
         helps = [f"a file of a close name: {near}"] if near else []
         shipped = sorted(p.stem for p in self.shipped.glob("*.opd"))
-        helps.append("shipped specs are found from anywhere: import \"./sampled_opd.opd\" (sampled_opd)")
+        helps.append(
+            'shipped specs are found from anywhere: import "./sampled_opd.opd" (sampled_opd)'
+        )
         self.report.add(
             make(
                 "OPD113",
@@ -485,9 +594,7 @@ class Flattener:
         return flat
 
     # -- statements ------------------------------------------------------------------------
-    def _override(
-        self, flat: Flat, stmt: tree.Override, scope: Scope, base: str | None
-    ) -> None:
+    def _override(self, flat: Flat, stmt: tree.Override, scope: Scope, base: str | None) -> None:
         inner = stmt.statement
         entry = Scoped(inner, scope)
         table, key, what = self._slot(flat, inner)
@@ -565,7 +672,9 @@ class Flattener:
         table, key, what = self._slot(flat, stmt)
         assert table is not None
         span = _head(stmt.span)  # type: ignore[attr-defined]
-        named = isinstance(stmt, tree.Param | tree.Let | tree.Teacher | tree.TermBlock | tree.TermUse)
+        named = isinstance(
+            stmt, tree.Param | tree.Let | tree.Teacher | tree.TermBlock | tree.TermUse
+        )
         if named and stmt.name.name in RESERVED:  # type: ignore[union-attr]
             self.report.add(
                 make(
@@ -610,8 +719,10 @@ class Flattener:
             return
         if named:
             for other in (flat.params, flat.lets, flat.teachers):
-                if other is not table and key in other and not isinstance(
-                    stmt, tree.TermBlock | tree.TermUse
+                if (
+                    other is not table
+                    and key in other
+                    and not isinstance(stmt, tree.TermBlock | tree.TermUse)
                 ):
                     self.report.add(
                         make(

@@ -166,7 +166,9 @@ class Builder:
         found = self._table.get(key)
         if found is not None:
             return found
-        node = Node(len(self._table), op, args, items, q or qt.join(*(a.q for a in args)), self.span)
+        node = Node(
+            len(self._table), op, args, items, q or qt.join(*(a.q for a in args)), self.span
+        )
         self._table[key] = node
         return node
 

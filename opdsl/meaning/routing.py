@@ -38,7 +38,9 @@ def route(el: Elaborator, e: tree.Expr, env: Env, advantage: Node) -> tuple[Node
     if name == "local":
         return _local(el, e, env, advantage, negative)
     loss = fallback(el, name, advantage, negative)
-    return loss, Routing(name, negative if name != "suppress" else None, otherwise=name, span=e.span)
+    return loss, Routing(
+        name, negative if name != "suppress" else None, otherwise=name, span=e.span
+    )
 
 
 def score(el: Elaborator, advantage: Node) -> Node:
@@ -74,7 +76,11 @@ def centred_logit(el: Elaborator) -> Node:
 def _local(
     el: Elaborator, e: tree.Expr, env: Env, advantage: Node, negative: Node
 ) -> tuple[Node, Routing]:
-    args = named(el, e, ("divergence", "support"), ("divergence", "support")) if isinstance(e, tree.Call) else {}
+    args = (
+        named(el, e, ("divergence", "support"), ("divergence", "support"))
+        if isinstance(e, tree.Call)
+        else {}
+    )
     if "divergence" not in args:
         el.fail(
             "OPD313",
@@ -87,7 +93,9 @@ def _local(
     with el.context(support=support, support_span=args.get("support", e).span):
         value = el.number(args["divergence"], env)
     if not value.q.live:
-        el.fail("OPD308", args["divergence"].span, "this does not depend on the student", "no gradient")
+        el.fail(
+            "OPD308", args["divergence"].span, "this does not depend on the student", "no gradient"
+        )
     loss = el.b.where(negative, value, score(el, advantage))
     return loss, Routing("local", negative, otherwise="suppress", span=e.span)
 
@@ -137,7 +145,9 @@ def _counterfactual(
             f"range {raw.q.range_text()}",
             helps=["toward = T[v] - student[v]"],
         )
-    rho = b.exp(normalized(el, domain, b.sg(raw), tree.Reduce(e.func, _ident(e), e, e, e.span)).logp)
+    rho = b.exp(
+        normalized(el, domain, b.sg(raw), tree.Reduce(e.func, _ident(e), e, e, e.span)).logp
+    )
     strength = el.number(args["strength"], env)
     if not compatible_units(strength.q.unit, "nats"):
         el.fail(

@@ -21,7 +21,9 @@ def make_set(el: Elaborator, name: str, e: tree.Call, env: Env) -> vl.Domain:
     if name in ("union", "intersection"):
         parts = [_part(el, a, env) for a in call.args]
         if len(parts) < 2:
-            el.fail("OPD105", e.span, f"`{name}` joins at least two index sets", f"{len(parts)} given")
+            el.fail(
+                "OPD105", e.span, f"`{name}` joins at least two index sets", f"{len(parts)} given"
+            )
         node = el.b.set_(name, tuple(p.base for p in parts))
         return with_tail(el, vl.Domain(node, node), tail)
     known = ("k", "of") if name == "top" else ("p", "of", "at_most")
@@ -29,7 +31,9 @@ def make_set(el: Elaborator, name: str, e: tree.Call, env: Env) -> vl.Domain:
     for key in known[:2]:
         if key not in args:
             example = "top(32, of = T)" if name == "top" else "top_p(0.9, of = student)"
-            el.fail("OPD105", e.span, f"`{name}` needs `{key}`", f"`{key}` is missing", helps=[example])
+            el.fail(
+                "OPD105", e.span, f"`{name}` needs `{key}`", f"`{key}` is missing", helps=[example]
+            )
     dist = el.dist(args["of"], env)
     logp = _leaf(el, dist, args["of"])
     if name == "top":

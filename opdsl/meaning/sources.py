@@ -22,7 +22,9 @@ def _func_name(e: tree.Expr) -> str:
 # ---- states ------------------------------------------------------------------------------
 
 
-def states(el: Elaborator, e: tree.Expr, env: Env, teachers: tuple[str, ...]) -> tuple[StateSource, ...]:
+def states(
+    el: Elaborator, e: tree.Expr, env: Env, teachers: tuple[str, ...]
+) -> tuple[StateSource, ...]:
     """`rollouts(…)`, `sequences(…)` or a `mix(p: a, 1 - p: b)` of them."""
     if _func_name(e) != "mix":
         return (_state(el, e, env, teachers, 1.0),)
@@ -87,7 +89,9 @@ def _state(
             "OPD121",
             e.span,
             "this is not a source of states",
-            f"did you mean `{near}`?" if near and near not in (name,) else "expected rollouts or sequences",
+            f"did you mean `{near}`?"
+            if near and near not in (name,)
+            else "expected rollouts or sequences",
             helps=[STATE_EXAMPLE, "state sequences(data)"],
         )
     assert isinstance(e, tree.Call)
@@ -115,7 +119,9 @@ def _state(
     def whole(key: str, default: int | None) -> int | None:
         x = option(key, 1, 1e7, default)
         if x is not None and not float(x).is_integer():
-            el.fail("OPD110", args[key].span, f"`{key}` is a whole number, this is {x:g}", "not whole")
+            el.fail(
+                "OPD110", args[key].span, f"`{key}` is a whole number, this is {x:g}", "not whole"
+            )
         return None if x is None else int(x)
 
     temperature = option("temperature", 1e-3, 100, 1.0)
@@ -140,9 +146,13 @@ def _policy(
     el: Elaborator, arg: tree.Expr | None, e: tree.Call, env: Env, known: tuple[str, ...]
 ) -> tuple[str, int]:
     if arg is None:
-        el.fail("OPD105", e.span, "whose text is this?", "the policy is missing", helps=[STATE_EXAMPLE])
+        el.fail(
+            "OPD105", e.span, "whose text is this?", "the policy is missing", helps=[STATE_EXAMPLE]
+        )
     if isinstance(arg, tree.Call) and _func_name(arg) == "old" and "old" in known:
-        lag = int(el.static(arg.args[0].value, env, "the lag of a stale student")) if arg.args else 1  # type: ignore[union-attr]
+        lag = (
+            int(el.static(arg.args[0].value, env, "the lag of a stale student")) if arg.args else 1
+        )  # type: ignore[union-attr]
         return "old", max(lag, 0)
     if isinstance(arg, tree.Name) and arg.name in known:
         return arg.name, 0
@@ -208,10 +218,17 @@ def teacher(el: Elaborator, t: tree.Teacher, env: Env) -> TeacherDecl:
         text = context.value if isinstance(context, tree.Text) else None
         return TeacherDecl(name, "self", access, k, text, when=when, span=t.span)
     args = named(el, e, ("policy", "decay"), ("policy", "decay"))
-    word(el, args.get("policy", tree.Name("student", e.span)), ("student",), "what an average follows")
+    word(
+        el,
+        args.get("policy", tree.Name("student", e.span)),
+        ("student",),
+        "what an average follows",
+    )
     decay = el.static(args["decay"], env, "a decay") if "decay" in args else 0.99
     if not 0 <= decay < 1:
-        el.fail("OPD110", args["decay"].span, f"a decay lies in [0, 1), this is {decay:g}", "outside")
+        el.fail(
+            "OPD110", args["decay"].span, f"a decay lies in [0, 1), this is {decay:g}", "outside"
+        )
     return TeacherDecl(name, "ema", "logits", decay=decay, when=when, span=t.span)
 
 
@@ -231,7 +248,11 @@ def _access(el: Elaborator, e: tree.Expr, env: Env) -> tuple[str, int | None]:
             "OPD121",
             e.span,
             "this is not a level of teacher access",
-            f"did you mean `{near}`?" if near and near != text else "how many entries?" if text == "top" else "unknown level",
+            f"did you mean `{near}`?"
+            if near and near != text
+            else "how many entries?"
+            if text == "top"
+            else "unknown level",
             helps=["access = sampled | top(k) | score_ids | logits | text"],
         )
     return text, None
@@ -253,10 +274,24 @@ def _when(el: Elaborator, e: tree.Expr, env: Env) -> tuple[str, str] | None:
 
 # ---- settings ----------------------------------------------------------------------------
 
-OPTIMIZE = (
-    "lr schedule batch prompts epochs adapter steps warmup clip_grad weight_decay beta1 beta2 "
-    "micro_batch optimizer eval_every save_every"
-).split()
+OPTIMIZE = [
+    "lr",
+    "schedule",
+    "batch",
+    "prompts",
+    "epochs",
+    "adapter",
+    "steps",
+    "warmup",
+    "clip_grad",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "micro_batch",
+    "optimizer",
+    "eval_every",
+    "save_every",
+]
 
 
 def settings(

@@ -64,7 +64,7 @@ class Elaboration:
         self.settings = dict(settings or {})
         self.used_settings: set[str] = set()
         self.builder = Builder()
-        self.el = Elaborator(self.builder, report, _sources(std))
+        self.el = Elaborator(self.builder, report, std)
         self.flattener = Flattener(report)
 
     # -- the whole method --------------------------------------------------------------------
@@ -185,7 +185,12 @@ class Elaboration:
             )
         assert number is not None
         if unit == "int" and not float(number).is_integer():
-            self.el.fail("OPD112", span, f"`{stmt.name.name}` is a whole number, this is {number:g}", "not whole")
+            self.el.fail(
+                "OPD112",
+                span,
+                f"`{stmt.name.name}` is a whole number, this is {number:g}",
+                "not whole",
+            )
         frame.params.append(ParamValue(key, number, unit, domain, stmt.span))
         if unit == "bool":
             return vl.Num(self.builder.flag(bool(number)))
@@ -202,7 +207,8 @@ class Elaboration:
                     "OPD112",
                     stmt.name.span,
                     f"--set {key}={raw}: not a number",
-                    f"`{key}` is {unit}" + (f" in {stmt.domain.span.text.strip()}" if stmt.domain else ""),
+                    f"`{key}` is {unit}"
+                    + (f" in {stmt.domain.span.text.strip()}" if stmt.domain else ""),
                     helps=[f"--set {key}=0.5"],
                 )
             )
@@ -384,7 +390,9 @@ class Elaboration:
             return []
         parts = self._parts(frame, name, block.name.span, own, env)
         for section in extra:
-            (parts.gates if section.keyword.name == "gate" else parts.weights).append((section, env))
+            (parts.gates if section.keyword.name == "gate" else parts.weights).append(
+                (section, env)
+            )
         term = self._finish(frame, parts)
         return [term] if term else []
 
@@ -458,7 +466,12 @@ class Elaboration:
                 continue
             if not holds:
                 self.report.add(
-                    make("OPD110", section.span, section.message or "this assertion does not hold", "false")
+                    make(
+                        "OPD110",
+                        section.span,
+                        section.message or "this assertion does not hold",
+                        "false",
+                    )
                 )
 
     def _optimize(self, frame: Frame) -> dict[str, object]:
@@ -487,16 +500,26 @@ class Elaboration:
             stmt = entry.stmt
             assert isinstance(stmt, tree.Accept)
             name = stmt.rule.name
-            known = set(BY_SLUG) | set(CODES) if stmt.keyword == "accept" else rules | set(BY_SLUG) | set(CODES)
+            known = (
+                set(BY_SLUG) | set(CODES)
+                if stmt.keyword == "accept"
+                else rules | set(BY_SLUG) | set(CODES)
+            )
             if name not in known and not (stmt.keyword == "allow" and _is_rule(name)):
-                near = closest(name, known) or next(iter(get_close_matches(name, sorted(known), 1, 0.4)), None)
+                near = closest(name, known) or next(
+                    iter(get_close_matches(name, sorted(known), 1, 0.4)), None
+                )
                 self.report.add(
                     make(
                         "OPD117",
                         stmt.rule.span,
-                        f"`{name}` names no warning of opdsl" if stmt.keyword == "accept" else f"`{name}` names no rule",
+                        f"`{name}` names no warning of opdsl"
+                        if stmt.keyword == "accept"
+                        else f"`{name}` names no rule",
                         f"did you mean `{near}`?" if near else "unknown",
-                        helps=["the name is printed with the warning: warning[OPD501] immediate_credit"],
+                        helps=[
+                            "the name is printed with the warning: warning[OPD501] immediate_credit"
+                        ],
                     )
                 )
                 continue
@@ -513,13 +536,6 @@ def _section(flat: Flat, key: str) -> tree.Section | None:
     return entry.stmt if entry is not None else None  # type: ignore[return-value]
 
 
-def _sources(std: Scope) -> frozenset[int]:
-    found: set[int] = {id(std.source)}
-    for d in std.defs.values():
-        found.add(id(d.span.source))
-    return frozenset(found)
-
-
 def parse_number(raw: object) -> float | None:
     """A number given outside a spec: 64, 0.5, "5 nats", "5%". None if it is not one."""
     import math
@@ -530,7 +546,13 @@ def parse_number(raw: object) -> float | None:
         return float(raw) if math.isfinite(raw) else None
     text = str(raw).strip()
     scale = 1.0
-    for unit, factor in (("nats", 1.0), ("bits", 0.6931471805599453), ("%", 0.01), ("steps", 1.0), ("tokens", 1.0)):
+    for unit, factor in (
+        ("nats", 1.0),
+        ("bits", 0.6931471805599453),
+        ("%", 0.01),
+        ("steps", 1.0),
+        ("tokens", 1.0),
+    ):
         if text.endswith(unit):
             text, scale = text[: -len(unit)].strip(), factor
             break
@@ -541,4 +563,3 @@ def parse_number(raw: object) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-

@@ -108,7 +108,9 @@ def _support(el: Elaborator, parts: Parts) -> vl.Domain | None:
     domain = el.domain(section.value, env)
     cut = domain.base.op not in ("full", "sampled")
     if domain.mask is not None:
-        el.fail("OPD202", section.value.span, "a filtered set is not a support", "use it inside a sum")
+        el.fail(
+            "OPD202", section.value.span, "a filtered set is not a support", "use it inside a sum"
+        )
     if cut and domain.tail is None:
         text = section.value.span.text.strip()
         inner = text[:-1] if text.endswith(")") else text
@@ -134,14 +136,14 @@ def _support(el: Elaborator, parts: Parts) -> vl.Domain | None:
     return domain
 
 
-def _scores_env(
-    el: Elaborator, feedback: tree.Section, env: Env, support: vl.Domain | None
-) -> Env:
+def _scores_env(el: Elaborator, feedback: tree.Section, env: Env, support: vl.Domain | None) -> Env:
     """On the `scores` route `v` runs over the support."""
     if feedback.route != "scores":
         return env
     if support is None:
-        el.fail("OPD303", feedback.span, "`feedback scores` needs a support to score", "which entries?")
+        el.fail(
+            "OPD303", feedback.span, "`feedback scores` needs a support to score", "which entries?"
+        )
     assert support is not None
     return env.child(v=vl.IndexV(support.plain))
 
@@ -150,14 +152,22 @@ def _check_signal(el: Elaborator, feedback: tree.Section, value: Node) -> None:
     route = feedback.route
     span = feedback.value.span
     if value.q.unit in ("bool", "gate") and value.q.unit == "bool":
-        el.fail("OPD204", span, "a feedback is a number in nats, this is a condition", value.q.describe())
+        el.fail(
+            "OPD204",
+            span,
+            "a feedback is a number in nats, this is a condition",
+            value.q.describe(),
+        )
     if value.q.axis is Axis.VOCAB and route != "scores":
         el.fail(
             "OPD201",
             span,
             f"`feedback {route}` is one number per token, this one has one per vocabulary entry",
             value.q.describe(),
-            helps=["sum(v in support: …) reduces it", "feedback scores … keeps one score per entry"],
+            helps=[
+                "sum(v in support: …) reduces it",
+                "feedback scores … keeps one score per entry",
+            ],
         )
     if value.q.axis is not Axis.VOCAB and route == "scores":
         el.fail(
@@ -293,7 +303,9 @@ def _check_factor(el: Elaborator, section: tree.Section, node: Node, kind: str) 
             f"a {kind} must be one number per token, this one has one per vocabulary entry",
             node.q.describe(),
             secondary=[Label(support, "`v` runs over these entries")] if support.text else [],
-            notes=[f"needed: {kind} per token (or per sequence, or per group: those are broadcast)"],
+            notes=[
+                f"needed: {kind} per token (or per sequence, or per group: those are broadcast)"
+            ],
             helps=[
                 f"reduce over the support:   {kind} max(v in support: {text})",
                 f"test the sampled token:    {kind} {text.replace('[v]', '[y]')}",
@@ -309,13 +321,17 @@ def _check_factor(el: Elaborator, section: tree.Section, node: Node, kind: str) 
                 helps=[f"gate   {text} > 0", f"weight {text}"],
             )
         if node.q.low < 0 or node.q.high > 1:
-            edge = f"can reach {node.q.high:g}" if node.q.high > 1 else f"can fall to {node.q.low:g}"
+            edge = (
+                f"can reach {node.q.high:g}" if node.q.high > 1 else f"can fall to {node.q.low:g}"
+            )
             el.fail(
                 "OPD206",
                 span,
                 f"a gate lies in [0, 1], this one {edge}",
                 f"range {node.q.range_text()}",
-                notes=["gates choose tokens, weights scale them: only gates count in `kept_tokens`"],
+                notes=[
+                    "gates choose tokens, weights scale them: only gates count in `kept_tokens`"
+                ],
                 helps=[f"weight {text}", f"gate   clip({text}, 0, 1)"],
             )
     elif node.q.low < 0:
@@ -397,4 +413,3 @@ def _regularizer_loss(el: Elaborator, section: tree.Section, value: Node) -> Nod
 
 def _reads(node: Node, name: str) -> bool:
     return any(n.op == "input" and n.attr("name") == name for n in nodes_below([node]))
-

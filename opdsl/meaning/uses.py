@@ -38,7 +38,11 @@ def use_method(
                 func.span,
                 f"cannot find a method named `{func.name}`",
                 "not in this file and not imported",
-                helps=[f"did you mean `{near}`?" if near else f'import "./{func.name}.opd" ({func.name})'],
+                helps=[
+                    f"did you mean `{near}`?"
+                    if near
+                    else f'import "./{func.name}.opd" ({func.name})'
+                ],
             )
         )
         return []
@@ -61,9 +65,7 @@ def use_method(
     return [_regate(ela, frame, name, t, len(terms)) for t in terms]
 
 
-def _bind(
-    ela: Elaboration, frame: Frame, inner: Frame, e: tree.Expr, entry: Scoped
-) -> bool | None:
+def _bind(ela: Elaboration, frame: Frame, inner: Frame, e: tree.Expr, entry: Scoped) -> bool | None:
     """Binds the arguments; True when `state = here` was given, None after a fault."""
     here = False
     args = e.args if isinstance(e, tree.Call) else ()
@@ -72,7 +74,9 @@ def _bind(
     for a in args:
         if not isinstance(a, tree.Arg) or a.name is None:
             ela.report.add(
-                make("OPD104", a.span, "give the arguments of a method by name", "which one is this?")
+                make(
+                    "OPD104", a.span, "give the arguments of a method by name", "which one is this?"
+                )
             )
             return None
         if a.name == "state":
@@ -125,7 +129,11 @@ def _teachers(
 def _no_unknown_settings(ela: Elaboration, inner: Frame, name: str, e: tree.Expr) -> None:
     have = {p.name for p in inner.params}
     for key in ela.settings:
-        if key.startswith(inner.prefix) and key not in have and key.count(".") == inner.prefix.count("."):
+        if (
+            key.startswith(inner.prefix)
+            and key not in have
+            and key.count(".") == inner.prefix.count(".")
+        ):
             ela.report.add(
                 make(
                     "OPD111",
@@ -163,7 +171,9 @@ def _check_states(
             "this term was written for other states than this method visits",
             f"{name}: {text}",
             secondary=[Label(mine.value.span, "here")],
-            notes=["a term brings support, feedback, credit, routing, gates and weights; the method owns `state`"],
+            notes=[
+                "a term brings support, feedback, credit, routing, gates and weights; the method owns `state`"
+            ],
             helps=[f"{name}(…, state = here)   accept the states of this method"],
         )
     )

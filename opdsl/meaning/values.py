@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from opdsl.meaning.node import Builder, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
+from opdsl.records import record
 from opdsl.source import NOWHERE, Span
 from opdsl.syntax import tree
 
@@ -17,26 +18,26 @@ class Value:
     kind = "value"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Bad(Value):
     """Something already reported; using it stays silent."""
 
     kind = "bad"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Num(Value):
     node: Node
     kind = "number"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Str(Value):
     text: str
     kind = "text"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Field(Value):
     """`prompt.name`"""
 
@@ -44,7 +45,7 @@ class Field(Value):
     kind = "prompt field"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Word(Value):
     """A name with no value of its own (`prompt`, `data`, `golden`)."""
 
@@ -52,29 +53,29 @@ class Word(Value):
     kind = "word"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class IndexY(Value):
     kind = "index"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class IndexT(Value):
     offset: int = 0
     kind = "index"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class IndexV(Value):
     domain: Domain
     kind = "index"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class IndexI(Value):
     kind = "index"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Domain(Value):
     """An index set with its tail rule and, for `{v in S: …}`, a condition."""
 
@@ -90,7 +91,7 @@ class Domain(Value):
         return Domain(self.base, self.base, None, self.mask)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Rows(Value):
     """Index sets over tokens and rollouts: group others sequence batch same_position."""
 
@@ -98,20 +99,20 @@ class Rows(Value):
     kind = "index set"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Closure(Value):
     definition: tree.Def
     scope: Any  # meaning.names.Scope of the file that defines it
     kind = "definition"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Builtin(Value):
     name: str
     kind = "function"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Critic(Value):
     """`critic(…)` before it has a name."""
 
@@ -121,7 +122,7 @@ class Critic(Value):
     kind = "critic"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RoutedTeachers(Value):
     """`routed(a, b)` before it has a name."""
 
@@ -160,7 +161,7 @@ class Dist(Value):
         return ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LeafDist(Dist):
     name: str
     is_live: bool = False
@@ -177,7 +178,7 @@ class LeafDist(Dist):
         return (self.name,)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SamplerDist(Dist):
     """`rollout`: the policy that sampled; only the sampled log-probability is known."""
 
@@ -188,7 +189,7 @@ class SamplerDist(Dist):
         return b.input("rollout_logp", q)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MixDist(Dist):
     """Probability-space mixture Σ w_i p_i; weights are numbers ≥ 0."""
 
@@ -226,7 +227,7 @@ class MixDist(Dist):
         return tuple(n for _, d in self.parts for n in d.leaves())
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FrozenDist(Dist):
     """sg(dist)"""
 
@@ -248,7 +249,7 @@ class FrozenDist(Dist):
         return self.inner.leaves()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SetDist(Dist):
     """normalize(v in S: weight): a distribution on an index set, zero elsewhere."""
 

@@ -10,11 +10,10 @@ from opdsl.codes import CODES, make
 from opdsl.diagnostics import Diagnostic, Label, Report, Severity
 from opdsl.ir.derive import cotangents
 from opdsl.ir.program import Program
-from opdsl.meaning.graph import static_value
+from opdsl.meaning.graph import dists_below, nodes_below, static_value
 from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import INF, Info
 from opdsl.meaning.spec import Spec, Term
-from opdsl.meaning.graph import dists_below, nodes_below
 from opdsl.source import Span
 
 
@@ -67,7 +66,10 @@ class _Term:
                 "this loss does not depend on the student: its gradient is zero everywhere",
                 "nothing to descend",
                 notes=[f"it reads {named}, which is frozen"] if named else [],
-                helps=["feedback loss KL(student || T)", "stop-gradients and a detached tail remove the gradient"],
+                helps=[
+                    "feedback loss KL(student || T)",
+                    "stop-gradients and a detached tail remove the gradient",
+                ],
             )
             return
         teachers = [t for t in dists_below([term.feedback or term.loss])]
@@ -98,10 +100,21 @@ class _Term:
     def _own_samples(self, field) -> None:
         """Likelihood of the student's own samples, chosen by nobody: it teaches itself."""
         term = self.term
-        on_policy = any(s.kind == "rollouts" and s.policy in ("student", "old") for s in self.spec.states)
-        if term.kind != "feedback" or term.teachers or not on_policy or not self._sampled_only(field):
+        on_policy = any(
+            s.kind == "rollouts" and s.policy in ("student", "old") for s in self.spec.states
+        )
+        if (
+            term.kind != "feedback"
+            or term.teachers
+            or not on_policy
+            or not self._sampled_only(field)
+        ):
             return
-        if _reads(term.gate, "outcome") or _reads(term.weight, "outcome") or _reads(term.loss, "outcome"):
+        if (
+            _reads(term.gate, "outcome")
+            or _reads(term.weight, "outcome")
+            or _reads(term.loss, "outcome")
+        ):
             return
         self.add(
             "OPD317",
@@ -109,7 +122,10 @@ class _Term:
             "this raises the likelihood of the student's own samples, whatever they are",
             "no teacher, no verifier",
             notes=["its expected gradient is zero; what remains is drift toward the last batch"],
-            helps=["gate passed()    keeps rollouts the verifier accepts", "regularize 0.1 * sft(data = golden)"],
+            helps=[
+                "gate passed()    keeps rollouts the verifier accepts",
+                "regularize 0.1 * sft(data = golden)",
+            ],
         )
 
     def _support(self) -> None:
@@ -117,7 +133,9 @@ class _Term:
         if tail not in ("drop", "renormalize") or term.route != "loss":
             return
         set_ = term.support.set
-        used = [n for n in nodes_below([term.loss]) if n.op in ("sum_v", "lse_v") and n.args[1] is set_]
+        used = [
+            n for n in nodes_below([term.loss]) if n.op in ("sum_v", "lse_v") and n.args[1] is set_
+        ]
         if not used:
             return
         support = self.span("support")
@@ -127,7 +145,9 @@ class _Term:
                 support,
                 "a divergence over a cut support is not a divergence: it can be negative",
                 "mass outside the support is forgotten",
-                secondary=[Label(self.span("feedback"), "its lowest value is not at student = teacher")],
+                secondary=[
+                    Label(self.span("feedback"), "its lowest value is not at student = teacher")
+                ],
                 notes=["`--fix` is not offered: the repairs are different methods"],
                 helps=[
                     "tail = bin            keep the remaining mass as one extra entry",
@@ -141,7 +161,10 @@ class _Term:
                 support,
                 "a renormalised support is blind to the mass outside it",
                 "the student may move mass in or out freely",
-                helps=["tail = bin keeps the remaining mass as one entry", 'accept renormalized_support "why"'],
+                helps=[
+                    "tail = bin keeps the remaining mass as one entry",
+                    'accept renormalized_support "why"',
+                ],
             )
 
     # -- rewards -------------------------------------------------------------------------------
@@ -166,7 +189,7 @@ class _Term:
                 notes=[
                     "what you minimise: the divergence at the visited states, states held fixed",
                     "what you leave out: how the token y_t changes the states that follow",
-                    "a known trade for lower variance; say so with  accept immediate_credit \"…\"",
+                    'a known trade for lower variance; say so with  accept immediate_credit "…"',
                 ],
                 helps=["credit return_to_go", 'accept immediate_credit "why"'],
             )
@@ -208,7 +231,10 @@ class _Term:
                     span,
                     "with lam or gamma below 1 the critic's error is the bias",
                     "bias = (1 - lam) × the critic's error at later states",
-                    helps=["lam = 1 is unbiased for any critic", 'accept value_drift "the report prints its explained variance"'],
+                    helps=[
+                        "lam = 1 is unbiased for any critic",
+                        'accept value_drift "the report prints its explained variance"',
+                    ],
                 )
             return
         if any(0 < x < 1 for x in known):
@@ -218,7 +244,10 @@ class _Term:
                 span,
                 "a discounted return is the gradient of no objective",
                 f"gamma = {rate:g}: biased for the sequence-level and for the token-level KL",
-                helps=["gamma = 1 is the sequence objective, immediate credit the token-level one", 'accept discounted_target "why"'],
+                helps=[
+                    "gamma = 1 is the sequence objective, immediate credit the token-level one",
+                    'accept discounted_target "why"',
+                ],
             )
         later = [n for n in over_time if n.op == "shift" and int(n.attr("n")) > 1]  # type: ignore[call-overload]
         if later:
@@ -252,9 +281,14 @@ class _Term:
             "OPD318",
             self.span("credit"),
             "returns divided by the length are biased: the length depends on the tokens",
-            f"`aggregate` divides every sequence by its own length",
-            notes=["the exact estimator of a length-normalised objective is the full return on every token"],
-            helps=["aggregate mean(over = tokens)", "aggregate sum(over = tokens) is exactly neutral"],
+            "`aggregate` divides every sequence by its own length",
+            notes=[
+                "the exact estimator of a length-normalised objective is the full return on every token"
+            ],
+            helps=[
+                "aggregate mean(over = tokens)",
+                "aggregate sum(over = tokens) is exactly neutral",
+            ],
         )
 
     def _mismatch(self) -> None:
@@ -267,7 +301,10 @@ class _Term:
                     s.span,
                     "these rollouts come from an older student and no ratio corrects for it",
                     f"{s.lag} step{'s' if s.lag != 1 else ''} behind",
-                    helps=["weight truncated_ratio(student, rollout)", 'accept stale_rollouts "why"'],
+                    helps=[
+                        "weight truncated_ratio(student, rollout)",
+                        'accept stale_rollouts "why"',
+                    ],
                 )
             elif s.kind == "rollouts" and s.policy == "student" and _tilted(s):
                 self.add(
@@ -277,7 +314,11 @@ class _Term:
                     _tilt(s),
                     secondary=[Label(self.span("feedback"), "a reward on the sampled token")],
                     notes=["on the loss route this would only change which states are visited"],
-                    helps=["temperature = 1, top_p = 1", "weight ratio(student, rollout)", 'accept sampler_mismatch "why"'],
+                    helps=[
+                        "temperature = 1, top_p = 1",
+                        "weight ratio(student, rollout)",
+                        'accept sampler_mismatch "why"',
+                    ],
                 )
 
     # -- routing ---------------------------------------------------------------------------------
@@ -289,7 +330,9 @@ class _Term:
             return
         assert routing.candidates is not None and routing.strength is not None
         reads = nodes_below([routing.candidates])
-        teacher = any(n.op == "logp" and n.attr("dist") not in ("student", "initial") for n in reads)
+        teacher = any(
+            n.op == "logp" and n.attr("dist") not in ("student", "initial") for n in reads
+        )
         student = any(n.op == "logp" and n.attr("dist") == "student" for n in reads)
         if not (teacher and student):
             missing = "teacher" if not teacher else "student"
@@ -300,7 +343,10 @@ class _Term:
                 "mass may go to tokens the teacher does not support"
                 if missing == "teacher"
                 else "mass may go to tokens the student cannot reach",
-                helps=["among = {v in support: T[v] > student[v] and student[v] >= 0.001}", 'accept unguarded_candidates "why"'],
+                helps=[
+                    "among = {v in support: T[v] > student[v] and student[v] >= 0.001}",
+                    'accept unguarded_candidates "why"',
+                ],
             )
         elif not _deficit_guard(routing.candidates):
             self.add(
@@ -349,7 +395,9 @@ class _Term:
                     self.span(kind),
                     f"this {kind} reads what happens after the token",
                     "each state's field is reweighted by the outcome it led to",
-                    notes=["that is often the point of a verifier gate; it is no longer the plain objective"],
+                    notes=[
+                        "that is often the point of a verifier gate; it is no longer the plain objective"
+                    ],
                     helps=['accept outcome_weight "why"'],
                 )
             elif node.q.info is Info.ACTION and self._sampled_field() and not _harmless(below):
@@ -412,7 +460,9 @@ def _deficit_guard(mask: Node) -> bool:
 
 
 def dists_or_student(node: Node) -> set[str]:
-    return {str(n.attr("dist")) for n in nodes_below([node]) if n.op == "logp" and _value_leaf(node, n)}
+    return {
+        str(n.attr("dist")) for n in nodes_below([node]) if n.op == "logp" and _value_leaf(node, n)
+    }
 
 
 def _value_leaf(root: Node, leaf: Node) -> bool:
@@ -437,7 +487,9 @@ def _value_leaf(root: Node, leaf: Node) -> bool:
 
 def _states(spec: Spec, report: Report) -> None:
     """Sampled-token rewards on text the student did not write (R09)."""
-    foreign = [s for s in spec.states if s.kind == "sequences" or s.policy not in ("student", "old")]
+    foreign = [
+        s for s in spec.states if s.kind == "sequences" or s.policy not in ("student", "old")
+    ]
     for term in spec.feedback_terms:
         if term.route != "reward" or not foreign or _reads(term.weight, "rollout_logp"):
             continue
@@ -518,4 +570,3 @@ def _covers(keyword: str, rule: str, d: Diagnostic) -> bool:
         return False
     named = {d.code, d.slug, CODES[d.code].rule}
     return rule in named and d.code[3] in "2345"
-

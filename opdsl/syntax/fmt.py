@@ -269,7 +269,7 @@ class _File:
             row.blank = bool(i) and (separate or row.blank)
         out += self.lines(rows, 0)
         if tail:
-            out += ([""] if out[-1] else []) + tail
+            out += ([""] if out[-1] and tail[0] else []) + tail
         while out and not out[-1]:
             out.pop()
         return "\n".join(out) + "\n"

@@ -7,12 +7,11 @@ Greek letters are canonicalised to their Latin names (`β` is `beta`) in `name` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from opdsl.records import record
 from opdsl.source import Source, Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ident:
     """A name being declared, with the place it is written."""
 
@@ -23,13 +22,13 @@ class Ident:
 # ---- expressions ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Name:
     name: str
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Number:
     """A literal. `unit` is None or one of nats bits steps tokens epochs % (value as written)."""
 
@@ -39,20 +38,20 @@ class Number:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Text:
     value: str
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Unary:
     op: str  # "-" | "not"
     operand: Expr
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Binary:
     op: str  # + - * / ^ and or < <= > >= == !=
     left: Expr
@@ -60,7 +59,7 @@ class Binary:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Cond:
     """`if test then yes else no`"""
 
@@ -70,7 +69,7 @@ class Cond:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Index:
     """`base[index]`"""
 
@@ -79,7 +78,7 @@ class Index:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Attr:
     """`base.name`"""
 
@@ -88,7 +87,7 @@ class Attr:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Arg:
     """A positional (`name is None`) or named argument."""
 
@@ -97,7 +96,7 @@ class Arg:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MixArg:
     """`weight: source` inside mix(…)"""
 
@@ -106,7 +105,7 @@ class MixArg:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RampArg:
     """`start -> stop over span` inside linear(…), cosine(…)"""
 
@@ -116,14 +115,14 @@ class RampArg:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Call:
     func: Expr
     args: tuple[Arg | MixArg | RampArg, ...]
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Divergence:
     """`func(left || right, args…)`"""
 
@@ -134,7 +133,7 @@ class Divergence:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Reduce:
     """`func(var in domain: body)`"""
 
@@ -145,7 +144,7 @@ class Reduce:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SetLiteral:
     """`{a, b, …}`"""
 
@@ -153,7 +152,7 @@ class SetLiteral:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SetWhere:
     """`{var in domain: condition}`"""
 
@@ -171,7 +170,7 @@ Expr = (
 # ---- types and domains ---------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TypeExpr:
     """`unit [per axis …]`, e.g. ("nats", ("token", "vocab"))"""
 
@@ -180,7 +179,7 @@ class TypeExpr:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Interval:
     low: Expr
     high: Expr
@@ -189,7 +188,7 @@ class Interval:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Choice:
     """`in {a, b, c}`"""
 
@@ -202,20 +201,20 @@ Domain = Interval | Choice
 # ---- statements of a method ----------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Cite:
     kind: str  # arxiv | doi | url | …
     value: str
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Evidence:
     grade: str  # hypothesis | reported | replicated
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Accept:
     """`accept slug "why"` (a warning) or `allow Rxx "why"` (an error)."""
 
@@ -225,7 +224,7 @@ class Accept:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Param:
     name: Ident
     type: TypeExpr | None
@@ -234,7 +233,7 @@ class Param:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Let:
     name: Ident
     type: TypeExpr | None
@@ -242,7 +241,7 @@ class Let:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Teacher:
     name: Ident
     value: Expr
@@ -250,7 +249,7 @@ class Teacher:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Section:
     """state support feedback credit routing gate weight shape aggregate regularize assert.
 
@@ -266,7 +265,7 @@ class Section:
     message: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TermBlock:
     """`term name { … }`"""
 
@@ -275,7 +274,7 @@ class TermBlock:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TermUse:
     """`term name = other(…)`"""
 
@@ -284,27 +283,27 @@ class TermUse:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Setting:
     name: Ident
     value: Expr
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Sweep:
     name: Ident
     values: tuple[Expr, ...]
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Optimize:
     settings: tuple[Setting | Sweep, ...]
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Override:
     """`override statement`"""
 
@@ -320,7 +319,7 @@ MethodStmt = (
 # ---- top level -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Import:
     """`import "path.opd" (a, b)` (is_file) or `import std.gates (a, b)`."""
 
@@ -331,14 +330,14 @@ class Import:
     target_span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Extends:
     base: Ident
     args: tuple[Arg | MixArg | RampArg, ...]
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Method:
     name: Ident
     extends: Extends | None
@@ -347,7 +346,7 @@ class Method:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FormalParam:
     name: Ident
     type: TypeExpr | None
@@ -356,7 +355,7 @@ class FormalParam:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Binding:
     """`name = expr` or, a recurrence, `name[t] = expr` inside a def block."""
 
@@ -366,7 +365,7 @@ class Binding:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Def:
     """`def name(params) : type "doc" = result` (no bindings) or a block with `return result`."""
 
@@ -380,7 +379,7 @@ class Def:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Run:
     """`run name of method { … }`"""
 
@@ -390,13 +389,13 @@ class Run:
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Comment:
     text: str
     span: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class File:
     source: Source
     version: int

@@ -50,6 +50,7 @@ class Plain(Silent):
         self.stream = stream or sys.stderr
         self._stage: tuple[str, int] | None = None
         self._total = 0
+        self._first = 0  # the first step seen; negative while a critic warms up
         self._last = time.monotonic()
 
     def _line(self, text: str) -> None:
@@ -65,11 +66,18 @@ class Plain(Silent):
         self._total = total
 
     def step(self, step: int, record: dict[str, Any], tokens_per_second: float) -> None:
+        if step < 0:
+            self.stage("critic", 1 + step / self._warmup(step), "learning values of states")
+            return
         every = max(1, self._total // 10)
         now = time.monotonic()
         if (step + 1) % every == 0 or step + 1 == self._total or now - self._last > 30:
             self._last = now
             self._line(f"step {step + 1}/{self._total}  {figures(record, tokens_per_second)}")
+
+    def _warmup(self, step: int) -> int:
+        self._first = min(self._first, step)
+        return -self._first
 
     def note(self, text: str) -> None:
         self._line(text)
@@ -110,7 +118,7 @@ class Live(Silent):
         self.bars.update(self._task("steps", total), completed=done)
 
     def step(self, step: int, record: dict[str, Any], tokens_per_second: float) -> None:
-        text = figures(record, tokens_per_second)
+        text = "critic warm-up" if step < 0 else figures(record, tokens_per_second)
         self.bars.update(self._task("steps", 0), completed=max(0, step + 1), text=text)
 
     def note(self, text: str) -> None:
