@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -300,17 +301,43 @@ def test_lambda_returns_against_the_definition():
         assert torch.all(found[b, n:] == 0)
 
 
-def test_a_critic_learns_and_the_student_waits_for_it(tmp_path, pair):
-    from types import SimpleNamespace
+CRITIC = SimpleNamespace(name="V", init="student", lr=1e-2, warmup=4)
 
-    decl = SimpleNamespace(name="V", init="student", lr=1e-2, warmup=15)
-    method = FakeMethod("returns", critics=(decl,))
-    train(method, settings(tmp_path, pair, steps=2, prompts=32))
+
+def test_the_student_waits_for_its_critic(tmp_path, pair):
+    method = FakeMethod("returns", critics=(CRITIC,))
+    train(method, settings(tmp_path, pair, steps=2))
     records = read_lines(tmp_path / "out" / "metrics.jsonl")
     warm = [r for r in records if r["step"] <= 0]
-    assert len(warm) == 15 and all("loss" not in r for r in warm)
-    assert warm[0]["critic_mse"] > 2 * records[-1]["critic_mse"]
-    assert records[-1]["critic_ev"] > 0.2
+    assert [r["step"] for r in records] == [-3, -2, -1, 0, 1, 2]
+    assert all("loss" not in r and math.isfinite(r["critic_mse"]) for r in warm)
+    assert all("loss" in r and "critic_ev" in r for r in records[4:])
+
+
+@pytest.mark.parametrize("init", ["student", "zero"])
+def test_a_critic_learns_values_that_its_states_determine(pair, init):
+    from opdsl.train.runtime import Runtime
+
+    runtime = Runtime(torch.device("cpu"), "fp32")
+    student = models.load_model(pair["student"], "student", torch.float32, "cpu")
+    before = models.weights_hash(student)
+    learner = critic.Critic(SimpleNamespace(**(CRITIC.__dict__ | {"init": init})), student, runtime)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [[1, 20, 5]] * 64
+    measured = []
+    for _ in range(60):
+        tokens = torch.randint(3, 44, (64, 4), generator=generator)
+        lengths = torch.full((64,), 4)
+        mask = torch.ones(64, 4, dtype=torch.bool)
+        # What the state before position t knows: the token at t - 1.
+        seen = torch.cat([torch.full((64, 1), 5), tokens[:, :-1]], 1)
+        targets = torch.where(seen % 2 == 0, -30.0, 10.0)
+        values = learner.values(prompts, tokens, lengths, mask[:, 0])
+        assert torch.all(values[:, 4] == 0)  # behind the end token
+        measured.append(learner.learn(prompts, tokens, lengths, mask, targets, values))
+    assert measured[0]["critic_ev"] == pytest.approx(0.0, abs=1e-6)
+    assert measured[-1]["critic_ev"] > (0.9 if init == "student" else 0.5)
+    assert models.weights_hash(student) == before
 
 
 # ---- settings and plans ---------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ def compare(
     DIR are used again, so the same command continues a comparison that was stopped.
     """
     with reported(as_json):
-        import opdsl
+        from opdsl.cli.common import compiled
+        from opdsl.method import Method
         from opdsl.train import study
         from opdsl.train.progress import make_progress
         from opdsl.train.settings import RunSettings
@@ -58,7 +59,7 @@ def compare(
             raise click.UsageError(
                 "compare sets optimize.… for all methods; params belong in specs"
             )
-        methods = [opdsl.load(spec, set={}) for spec in specs]
+        methods = [Method(compiled(spec, {})) for spec in specs]
         progress = make_progress(as_json)
         try:
             result = study.compare(

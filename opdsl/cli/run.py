@@ -15,6 +15,7 @@ from opdsl.diagnostics import CompileError
 
 @click.command("run", short_help="Train a student by a method.")
 @click.argument("spec", metavar="FILE|NAME")
+@click.option("--method", metavar="NAME", help="Which method of the file. [the last]")
 @click.option("--student", metavar="MODEL", help="Student: a transformers folder or a hub name.")
 @click.option(
     "--teacher",
@@ -94,13 +95,14 @@ def run(
 
 def prepare(spec: str, assignments: tuple[str, ...], options: dict[str, Any]):
     """(method, settings) from the words of the command line."""
-    import opdsl
-    from opdsl.train.settings import RunSettings
+    from opdsl.cli.common import compiled
+    from opdsl.method import Method
+    from opdsl.train.settings import RunSettings, check_optimize
 
     params, optimize = split_assignments(assignments)
-    if options.get("lr") is not None:
-        optimize["lr"] = options["lr"]
-    method = opdsl.load(spec, set=params)
+    if options["lr"] is not None:
+        optimize["lr"] = check_optimize("lr", options["lr"])
+    method = Method(compiled(spec, params, options["method"]))
     external = [t.name for t in method.spec.teachers if t.kind == "external"]
     settings = RunSettings(
         out=options["out"],
@@ -131,6 +133,7 @@ def prepare(spec: str, assignments: tuple[str, ...], options: dict[str, Any]):
 
 def split_assignments(assignments: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(params of the method, settings of `optimize`) from `k=v` words."""
+    from opdsl.syntax.keywords import canonical
     from opdsl.train.settings import parse_optimize
 
     params: dict[str, Any] = {}
@@ -146,7 +149,7 @@ def split_assignments(assignments: tuple[str, ...]) -> tuple[dict[str, Any], dic
             name, checked = parse_optimize(name.removeprefix("optimize."), value)
             optimize[name] = checked
         else:
-            params[name] = value
+            params[canonical(name)] = value
     return params, optimize
 
 
@@ -209,10 +212,9 @@ def asked_wrongly(error: CompileError) -> bool:
 
 def show(error: CompileError, as_json: bool) -> None:
     """Diagnostics to stderr; with --json as JSON to stdout, so that callers can read them."""
-    from opdsl.render import render, wants_color
+    from opdsl.cli import common
 
     if as_json:
-        click.echo(render(error.diagnostics, "json"))
+        common.show(error.diagnostics, "json", sys.stdout)
     else:
-        text = render(error.diagnostics, "text", color=wants_color(sys.stderr))
-        click.echo(text.rstrip("\n"), err=True)
+        common.show(error.diagnostics)

@@ -7,14 +7,13 @@ every method: ∂L/∂z = (g − (Σ g) π) / temperature. The field's coefficie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Builder, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
+from opdsl.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Cotangent:
     """∂L/∂log π of one live leaf, as detached nodes."""
 

@@ -7,18 +7,18 @@ N taken over the whole optimizer batch (semantics §1), so a micro-batch is a su
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from opdsl.ir.derive import Cotangent, adjoints, cotangents
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Builder, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
 from opdsl.meaning.spec import Spec, Term
+from opdsl.records import record
 
 EMPTY = 1e-12  # floor of a denominator that may be an empty sum of gates
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Row:
     """One term with everything that multiplies it."""
 
@@ -27,7 +27,7 @@ class Row:
     loss: Node  # a_k w_k g_k ℓ_k
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Part:
     """All terms measured on the same rows ("main" or "golden")."""
 
@@ -37,7 +37,7 @@ class Part:
     cotangents: tuple[Cotangent, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Program:
     spec: Spec
     parts: tuple[Part, ...]

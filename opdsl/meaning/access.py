@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from opdsl.codes import make
 from opdsl.diagnostics import Label, Report
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 from opdsl.meaning.spec import ACCESS_ORDER, Spec
+from opdsl.records import record
 from opdsl.source import Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Requirement:
     level: str
     k: int | None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from opdsl.meaning import values as vl
 from opdsl.meaning.builtins import lift
 from opdsl.meaning.graph import static_value
@@ -11,10 +9,11 @@ from opdsl.meaning.infer import Elaborator, Env
 from opdsl.meaning.names import closest
 from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import Axis
+from opdsl.records import record
 from opdsl.syntax import tree
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Credited:
     advantage: Node
     credit: str  # as written

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from opdsl.codes import make
 from opdsl.diagnostics import Label, Report
@@ -18,6 +18,7 @@ from opdsl.meaning.names import BUILTIN_FUNCTIONS, BUILTIN_NAMES, Scope, closest
 from opdsl.meaning.node import Builder, Node, compatible_units
 from opdsl.meaning.quantity import Axis, Info, Quantity
 from opdsl.meaning.recurrence import NotAffine, affine
+from opdsl.records import record, replace
 from opdsl.source import NOWHERE, Source, Span
 from opdsl.syntax import tree
 
@@ -26,7 +27,7 @@ class Stop(Exception):
     """This statement cannot be understood; its fault has been reported."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Thunk(vl.Value):
     """A `let`: evaluated where it is used, because `support` and `A` differ by term."""
 
@@ -35,7 +36,7 @@ class Thunk(vl.Value):
     type: tree.TypeExpr | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RecRef(vl.Value):
     """The quantity a recurrence is defining; only its next value may be read."""
 
@@ -43,7 +44,7 @@ class RecRef(vl.Value):
     next: Node
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Env:
     scope: Scope
     names: dict[str, vl.Value] = field(default_factory=dict)
@@ -69,7 +70,7 @@ class Env:
         return Env(self.scope, dict(names), self)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Context:
     """What built-in names mean here: they depend on the term, not on the file."""
 
@@ -79,6 +80,7 @@ class Context:
     teacher: vl.Dist | None = None  # the term's own teacher, for baselines
     v_tail: str | None = None
     group: int = 1
+    broken: bool = False  # the term's own feedback was refused: `A` stays silent
 
 
 UNITS = {"bits": ("nats", 0.6931471805599453), "%": ("real", 0.01), "nats": ("nats", 1.0)}
@@ -181,10 +183,12 @@ class Elaborator:
         self.steps += 1
         if self.steps > 200_000:
             self.fail("OPD009", expr.span, "this method expands to more work than opdsl accepts")
-        span = self._outside(expr.span)
-        self.b.span = span
         method: Callable[..., vl.Value] = getattr(self, f"_{type(expr).__name__.lower()}")
-        return method(expr, env)
+        outer, self.b.span = self.b.span, self._outside(expr.span)
+        try:
+            return method(expr, env)
+        finally:
+            self.b.span = outer
 
     def _number(self, e: tree.Number, env: Env) -> vl.Value:
         if e.unit is None:
@@ -265,6 +269,8 @@ class Elaborator:
                 helps=[f"sum({loop}: …) binds it", "student[y] reads the sampled token"],
             )
         if name == "A":
+            if self.ctx.broken:
+                raise Stop
             if self.ctx.advantage is None:
                 self.fail(
                     "OPD101",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from opdsl.codes import make
 from opdsl.diagnostics import Diagnostic, Fix, Label, Report
+from opdsl.records import record
 from opdsl.source import Source, Span
 from opdsl.syntax import tree
 
@@ -85,7 +86,7 @@ MAX_IMPORT_DEPTH = 32
 MAX_IMPORTS = 500
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Scope:
     """The names visible at the top level of one file."""
 
@@ -428,7 +429,7 @@ ABOUT: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Scoped:
     """A statement with the file it was written in and how it got here."""
 
@@ -437,7 +438,7 @@ class Scoped:
     inherited: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Flat:
     """A method after `extends` and `override`: one entry per statement that counts."""
 
@@ -459,6 +460,7 @@ class Flat:
     terms: dict[str, Scoped] = field(default_factory=dict)
     optimize: Scoped | None = None
     bases: tuple[str, ...] = ()
+    orphan: bool = False  # its base could not be found: what is missing is not its fault
 
     def names(self) -> list[str]:
         return [*self.params, *self.lets, *self.teachers]
@@ -477,6 +479,7 @@ class Flattener:
             base = self._base(method.extends, scope, (*chain, method.name.name))
             if base is not None:
                 flat = self._inherit(base, method, scope)
+            flat.orphan = base is None or base.orphan
         flat.title = method.title or flat.title
         evidence_here, cites_here = None, []
         seen: dict[str, Span] = {}
@@ -602,13 +605,13 @@ class Flattener:
             entries = self._list(flat, inner)
             inherited = [e for e in entries if e.inherited]
             if not inherited:
-                self._nothing(stmt, inner, what, base)
+                self._nothing(flat, stmt, what, base)
                 return
             entries[:] = [e for e in entries if not e.inherited]
             entries.append(entry)
         else:
             if key not in table or not table[key].inherited:
-                self._nothing(stmt, inner, what, base)
+                self._nothing(flat, stmt, what, base)
                 return
             table[key] = entry
             flat.param_args.pop(key, None) if isinstance(inner, tree.Param) else None
@@ -619,7 +622,11 @@ class Flattener:
             if not (a.inherited and section in ABOUT.get(a.stmt.rule.name, ()))  # type: ignore[attr-defined]
         ]
 
-    def _nothing(self, stmt: tree.Override, inner: object, what: str, base: str | None) -> None:
+    def _nothing(
+        self, flat: Flat, stmt: tree.Override, what: str, base: str | None
+    ) -> None:
+        if flat.orphan:
+            return
         helps = (
             [f"`{base}` has no {what}; write it without `override`"]
             if base

@@ -7,13 +7,13 @@ rooms behind `meaning` read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from opdsl.meaning.node import Builder, Node
+from opdsl.records import record
 from opdsl.source import NOWHERE, Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Schedule:
     """A number that moves with the step; `over` counts steps, None means the whole run."""
 
@@ -32,7 +32,7 @@ class Schedule:
         return self.start + (self.stop - self.start) * x
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StateSource:
     """Whose prefixes the feedback is measured on."""
 
@@ -46,13 +46,13 @@ class StateSource:
     max_tokens: int | None = None
     lag: int = 0
     prefix: int | None = None
-    span: Span = field(default=NOWHERE, repr=False, compare=False)
+    span: Span = NOWHERE
 
 
 ACCESS_ORDER = ("text", "sampled", "top", "score_ids", "logits")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TeacherDecl:
     """A teacher role; the model behind it is bound at run time."""
 
@@ -63,10 +63,10 @@ class TeacherDecl:
     context: str | None = None
     decay: float | None = None
     when: tuple[str, str] | None = None
-    span: Span = field(default=NOWHERE, repr=False, compare=False)
+    span: Span = NOWHERE
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Routed:
     """A distribution chosen per prompt among several teachers (`routed(a, b)`)."""
 
@@ -75,7 +75,7 @@ class Routed:
     conditions: tuple[tuple[str, str] | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CriticDecl:
     """A learned value of the state (nats): trained on λ-returns (theory §8)."""
 
@@ -85,16 +85,16 @@ class CriticDecl:
     warmup: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ParamValue:
     name: str
     value: float | Schedule
     unit: str
     domain_text: str = ""
-    span: Span = field(default=NOWHERE, repr=False, compare=False)
+    span: Span = NOWHERE
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RunBlock:
     name: str
     method: str
@@ -102,16 +102,16 @@ class RunBlock:
     sweeps: Mapping[str, tuple[object, ...]]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Acceptance:
     keyword: str  # "accept" | "allow"
     rule: str  # slug or rule id
     reason: str
     inherited: bool
-    span: Span = field(repr=False, compare=False, default=NOWHERE)
+    span: Span = NOWHERE
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Support:
     """The index set of a term and what happens to the mass outside it."""
 
@@ -120,7 +120,7 @@ class Support:
     tail: str | None  # None on `full` and on `sampled`
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Routing:
     """Where suppressed mass goes (theory §9): active where `trigger` holds."""
 
@@ -133,10 +133,13 @@ class Routing:
     strength: Node | None = None
     routable: Node | None = None  # some candidate exists
     otherwise: str = "suppress"
-    span: Span = field(default=NOWHERE, repr=False, compare=False)
+    span: Span = NOWHERE
 
 
-@dataclass(frozen=True, slots=True)
+SUPPRESS = Routing("suppress")
+
+
+@record
 class Term:
     """One additive term: (1/N) Σ weight · gate · loss."""
 
@@ -150,18 +153,18 @@ class Term:
     feedback: Node | None = None  # as written
     signal: Node | None = None  # frozen, shaped reward
     advantage: Node | None = None  # result of credit and baseline
-    routing: Routing = field(default_factory=lambda: Routing("suppress"))
+    routing: Routing = SUPPRESS
     credit: str | None = None  # as written
     baseline: str | None = None
     teachers: tuple[str, ...] = ()
     teacher_named: bool = False
     rows: str = "main"  # "golden": measured on sequences(golden)
-    spans: Mapping[str, Span] = field(default_factory=dict, repr=False, compare=False)
-    written: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    spans: Mapping[str, Span] = dict  # type: ignore[assignment]
+    written: Mapping[str, str] = dict  # type: ignore[assignment]
     gae: tuple[float, float] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Spec:
     name: str
     title: str | None
@@ -177,8 +180,8 @@ class Spec:
     aggregate: str  # "sum" | "tokens" | "kept_tokens" | "sequences" | "response_length"
     optimize: Mapping[str, object]
     runs: Mapping[str, RunBlock]
-    builder: Builder = field(repr=False, compare=False)
-    span: Span = field(default=NOWHERE, repr=False, compare=False)
+    builder: Builder
+    span: Span = NOWHERE
     extends: tuple[str, ...] = ()
 
     @property

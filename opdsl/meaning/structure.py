@@ -43,7 +43,7 @@ AGGREGATES = {
 SetValues = dict[str, object]
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Frame:
     """What elaborating one method (or a method used as a term) has produced so far."""
 
@@ -83,7 +83,7 @@ class Elaboration:
         run_blocks = self._runs(runs, decl, frame)
         acceptances = self._acceptances(flat)
         if not flat.sections.get("feedback") and not flat.terms:
-            self._missing(decl, "feedback", "feedback loss KL(student || T)")
+            self._missing(flat, "feedback", "feedback loss KL(student || T)")
         if any(d.severity == "error" for d in self.report.items[before:]):
             return None
         return Spec(
@@ -106,7 +106,10 @@ class Elaboration:
             extends=flat.bases,
         )
 
-    def _missing(self, decl: tree.Method, what: str, example: str) -> None:
+    def _missing(self, flat: Flat, what: str, example: str) -> None:
+        decl = flat.decl
+        if flat.orphan:
+            return
         self.report.add(
             make(
                 "OPD303",
@@ -284,7 +287,7 @@ class Elaboration:
     def _states(self, frame: Frame) -> tuple[StateSource, ...]:
         entry = frame.flat.sections.get("state")
         if entry is None:
-            self._missing(frame.flat.decl, "state", sources.STATE_EXAMPLE)
+            self._missing(frame.flat, "state", sources.STATE_EXAMPLE)
             return ()
         section = entry.stmt
         assert isinstance(section, tree.Section)
@@ -299,7 +302,7 @@ class Elaboration:
     def _aggregate(self, frame: Frame) -> str | None:
         entry = frame.flat.sections.get("aggregate")
         if entry is None:
-            self._missing(frame.flat.decl, "aggregate", "aggregate mean(over = tokens)")
+            self._missing(frame.flat, "aggregate", "aggregate mean(over = tokens)")
             return None
         section = entry.stmt
         assert isinstance(section, tree.Section)

@@ -18,7 +18,7 @@ from opdsl.source import Span
 from opdsl.syntax import tree
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Parts:
     """The sections of one term, each with the environment its names are looked up in."""
 
@@ -60,8 +60,10 @@ def build_term(el: Elaborator, parts: Parts) -> Term | None:
         spans[key] = section.value.span
         written[key] = section.value.span.text.strip()
     try:
-        support = _support(el, parts)
+        support: vl.Domain | None = _support(el, parts)
     except Stop:
+        support = None
+        _factors_only(el, parts, spans)
         return None
     feedback, env = parts.sections["feedback"]
     b = el.b
@@ -69,14 +71,11 @@ def build_term(el: Elaborator, parts: Parts) -> Term | None:
         try:
             value = el.number(feedback.value, _scores_env(el, feedback, env, support), "a signal")
             _check_signal(el, feedback, value)
-            term = _by_route(el, parts, feedback, env, value, spans)
+            loss, extra = _by_route(el, parts, feedback, env, value, spans)
         except Stop:
+            _factors_only(el, parts, spans)
             return None
-        if term is None:
-            return None
-        loss, extra = term
-        advantage = extra.get("advantage")
-        with el.context(advantage=advantage):
+        with el.context(advantage=extra.get("advantage")):
             gate = _product(el, parts.gates, "gate", spans)
             weight = _product(el, parts.weights, "weight", spans)
     if gate is None or weight is None:
@@ -99,6 +98,14 @@ def build_term(el: Elaborator, parts: Parts) -> Term | None:
         written=written,
         **extra,  # type: ignore[arg-type]
     )
+
+
+def _factors_only(el: Elaborator, parts: Parts, spans: dict[str, Span]) -> None:
+    """Gates and weights of a term whose feedback was refused: their own faults still count."""
+    full = el.b.set_("full")
+    with el.context(support=vl.Domain(full, full), broken=True):
+        _product(el, parts.gates, "gate", spans)
+        _product(el, parts.weights, "weight", spans)
 
 
 def _support(el: Elaborator, parts: Parts) -> vl.Domain | None:
@@ -186,7 +193,7 @@ def _by_route(
     env: Env,
     value: Node,
     spans: dict[str, Span],
-) -> tuple[Node, dict[str, object]] | None:
+) -> tuple[Node, dict[str, object]]:
     b = el.b
     route_name = feedback.route or "loss"
     credit, routing, shape = (parts.sections.get(k) for k in ("credit", "routing", "shape"))

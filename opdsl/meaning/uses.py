@@ -181,9 +181,8 @@ def _check_states(
 
 def _regate(ela: Elaboration, frame: Frame, name: str, term: Term, count: int) -> Term:
     """Adds this method's gates and weights for the term to those it brings."""
-    from dataclasses import replace
-
     from opdsl.meaning.terms import _product
+    from opdsl.records import replace
 
     label = frame.prefix + (name if count == 1 else f"{name}.{term.name.split('.')[-1]}")
     gates, weights = [], []

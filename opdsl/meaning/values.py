@@ -256,7 +256,7 @@ class SetDist(Dist):
     domain: Domain
     logp: Node  # log-probability on domain.base
     names: tuple[str, ...] = ()
-    span: Span = field(default=NOWHERE, repr=False)
+    span: Span = NOWHERE
 
     @property
     def live(self) -> bool:  # type: ignore[override]

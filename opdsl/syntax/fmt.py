@@ -9,10 +9,11 @@ changes neither the tree nor a second time the text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from opdsl.diagnostics import CompileError
+from opdsl.records import fields
 from opdsl.source import Source, Span
 from opdsl.syntax import tree as ast
 from opdsl.syntax.pretty import HARD, SOFT, SPACE, Alt, Cat, Doc, Group, Nest, cat, join, layout
@@ -48,8 +49,8 @@ def same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, (Span, Source)):
         return True
-    if is_dataclass(a):
-        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    if fields(a):
+        return all(same(getattr(a, n), getattr(b, n)) for n in fields(a))
     return a == b
 
 
