@@ -262,8 +262,7 @@ def test_the_rest_of_the_method_survives():
 LINES = {
     "state     rollouts(student)": ["stat      rollouts(student)", "state", "state rollouts(",
                                     "state rollouts(student))", "state rollouts(student) x"],
-    "teacher   T = external(access = logits)": ["teacher   = external(access = logits)",
-        "teacher T external(access = logits)", "teacher T = external(access logits)",
+    "teacher   T = external(access = logits)": ["teacher T external(access = logits)", "teacher T = external(access logits)",
         "teacher T = external(access = logits", 'teacher T = external(access = "logits)'],
     "support   top(k, of = T, tail = bin)": ["supprt top(k, of = T, tail = bin)", "support",
         "support top(k of = T)", "support top(k, of = T, tail = bin"],
@@ -458,8 +457,8 @@ def test_generated_texts_parse_as_lark_says(lark_parser):
     names = st.sampled_from(["x", "y", "T", "β", "support", "weight", "of_x", "notx"])
     explicit = {
         "NAME": names, "COMMENT": st.just("# c\n"), "HOLE": st.nothing(),
-        "STRING": st.just('"s"'), "INT": st.just("7"), "NUMBER": st.just("0.5"),
-        "QUANTITY": st.just("5 nats"),
+        "STRING": st.just('"s"'), "INT": st.just("7 "), "NUMBER": st.just("0.5 "),
+        "QUANTITY": st.just("5 nats "),
     }  # fmt: skip
     explicit |= {name: st.just(w + " ") for w, name in keywords.TERMINALS.items()}
     texts = from_lark(lark_parser, explicit=explicit)

@@ -336,7 +336,7 @@ def test_a_critic_learns_values_that_its_states_determine(pair, init):
         assert torch.all(values[:, 4] == 0)  # behind the end token
         measured.append(learner.learn(prompts, tokens, lengths, mask, targets, values))
     assert measured[0]["critic_ev"] == pytest.approx(0.0, abs=1e-6)
-    assert measured[-1]["critic_ev"] > (0.9 if init == "student" else 0.5)
+    assert measured[-1]["critic_ev"] > (0.9 if init == "student" else 0.2)
     assert models.weights_hash(student) == before
 
 

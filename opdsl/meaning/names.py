@@ -347,7 +347,7 @@ class Loader:
                     "OPD116",
                     imp.target_span,
                     "an import may not leave the folder of the spec",
-                    f"outside {self.root}",
+                    "outside the folder of this spec",
                     helps=['copy the file beside this one and import it as "./name.opd"'],
                 )
             )

@@ -104,21 +104,20 @@ def _stopped(
     at = None if token is None else token.at
     index = len(kept) if token is None else kept.index(token)
     prev = kept[index - 1] if index else None
-    statement = out.before(None) if at is None else out.owner[at]
+    before = out.owner[prev.at] if prev is not None else None
+    statement = before if at is None else out.owner[at]
     if at is not None and statement is not None:
         starts = stops.at_statement_start(accepted)
         beginning = at == statement.first and index > 0
         closing = at == statement.closed
-        if (beginning or closing) and not starts:
-            before = out.before(at)
-            if before is not None and not before.bad:
-                statement = before
+        if (beginning or closing) and not starts and before is not None:
+            statement = before
     if statement is not None and statement.bad:  # already left out: drop the token itself
         statement = None
     stop = stops.Stop(source, out, token, prev, statement, accepted)
     if index > 1 and statement is not None and stops.swallowed(stop):
         # `x =` without a value took the name of the next line for it
-        statement = out.before(statement.first)
+        statement = out.owner[kept[index - 2].at]
         stop = stops.Stop(source, out, prev, kept[index - 2], statement, stops.A_VALUE)
     diagnostic = stops.explain(stop)
     if statement is None and at is None:

@@ -254,7 +254,7 @@ class _File:
     def text(self) -> str:
         items: list[Any] = [*self.file.imports, *self.file.items]
         header = next((t.end for t in self.tokens[1:2]), 0)
-        out = [c.text for c in self.between(0, self.tokens[0].start if self.tokens else 0)]
+        out = [c.text for c in self.between(0, header)]
         head = f"opd {self.file.version}"
         start = header
         own = self.between(header, items[0].span.start if items else len(self.source.text))

@@ -58,7 +58,9 @@ def run(
             type_ = END
         elif token.kind == "word":
             type_ = TERMINALS.get(token.text, "NAME")
-            if type_ != "NAME" and token.at not in starts:
+            if token.at in starts:
+                type_ = TERMINALS.get(token.text, "")
+            elif type_ != "NAME":
                 row = actions[states[-1]]
                 if type_ not in row or ("NAME" in row and not _shifts(tables, states, type_)):
                     type_ = "NAME"

@@ -188,6 +188,8 @@ def bracket(source: Source, out: Outline, problem: Problem) -> Diagnostic:
     if where.kind == "word":
         label = f"I was still inside the brackets when `{where.text}` began"
         help_ = f"add `{closer}` at the end of line {line}"
+        if closer == "}":
+            help_ = f"add `{closer}` before line {other.line}"
     else:
         label = f"`{where.text}` comes while the bracket is still open"
         help_ = f"add `{closer}` before this `{where.text}`"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from opdsl.syntax.keywords import (
+    AXES,
     JOINERS,
     METHOD_KEYWORDS,
     ROUTES,
@@ -34,6 +35,7 @@ _WORDS = {
     "block": frozenset(("sweep",)),
     "def": frozenset(("return",)),
 }
+_AXES = frozenset(AXES)
 _STATEMENT_WORDS = frozenset(TOP_KEYWORDS + METHOD_KEYWORDS + ("return",))
 _MOST_PROBLEMS = 20
 _LONGEST_HEADER = 1000  # tokens before the `{` of a block; keeps the outline linear
@@ -82,15 +84,6 @@ class Outline:
     depth: int = 0
     deepest: Token | None = None  # the first opening bracket beyond the deepest allowed
 
-    def before(self, at: int | None) -> Statement | None:
-        """The innermost statement that ends before a position (None: the end of the file)."""
-        limit = len(self.tokens) if at is None else at
-        best = None
-        for statement in self.statements:
-            if statement.first < limit:
-                best = statement
-        return best
-
 
 @dataclass(slots=True)
 class _Frame:
@@ -135,6 +128,10 @@ class _Walker:
             return True
         return word == "optimize" and after.text == "{"
 
+    def like_keyword(self, text: str, words: frozenset[str]) -> bool:
+        """Whether a word is a keyword or a slip of one."""
+        return text in words or bool(close(text, list(words)))
+
     def opens_item(self, i: int) -> bool:
         """`method NAME {`, `def NAME (`, `run NAME of` at the start of a line."""
         token, name, then = self.tokens[i], self.peek(i + 1), self.peek(i + 2)
@@ -154,12 +151,12 @@ class _Walker:
         if token.kind != "word" or token.text in JOINERS:
             return False
         prev, text, words = self.tokens[i - 1], token.text, _WORDS[frame.body]
-        keyworded = token.first and text in words and self.leads(i)
+        keyworded = token.first and self.leads(i) and self.like_keyword(text, words)
         head = i - statement.first
         inner = self.tokens[statement.first].text
         if inner == "override":
             head -= 1
-        if head == 0 or prev.text in ("extends", "of"):
+        if head == 0 or prev.text in ("extends", "of") or {prev.text, text} <= _AXES:
             return False
         if head == 1 or (head == 2 and statement.keyword == "feedback" and prev.text in ROUTES):
             if statement.keyword in _NAMING:
@@ -268,8 +265,9 @@ class _Walker:
     def word(self, i: int, token: Token) -> None:
         in_body = bool(self.top.body)
         if not in_body:
-            stuck = token.first and token.text in _STATEMENT_WORDS and self.leads(i)
-            if not stuck:
+            if not (token.first and self.leads(i)):
+                return
+            if not self.like_keyword(token.text, _STATEMENT_WORDS):
                 return
             self.abandon(token)
         if len(self.frames) > 1 and self.opens_item(i):
@@ -401,10 +399,10 @@ def outline(tokens: list[Token], limit: int) -> Outline:
 
 
 def starts(out: Outline) -> frozenset[int]:
-    """Positions of the keywords that begin statements."""
+    """Positions of the words that begin statements and so must be keywords."""
     return frozenset(
         s.first for s in out.statements
-        if out.tokens[s.first].text in _WORDS[s.context]
+        if s.context not in ("block", "def") or out.tokens[s.first].text in _WORDS[s.context]
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ _UNITS = "nats|bits|steps|tokens|epochs|%"
 _DIGITS = r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 # Spellings from other languages that have no meaning here; longest first.
 _FOREIGN = (
-    "===", "!==", "**", "&&", ":=", "+=", "-=", "*=", "/=", "=>", "//", "/*", "*/", "!", "%", "&",
+    "===", "!==", "**", "&&", ":=", "+=", "-=", "*=", "/=", "=>", "*/", "!", "%", "&",
     "|", "?", ";",
 )  # fmt: skip
 _OPERATORS = {
@@ -49,11 +49,12 @@ def _pattern() -> re.Pattern[str]:
         |(?P<string>"[^"\n]*")
         |(?P<unterminated>"[^"\n]*)
         |(?P<quote>'[^'\n]*'|‘[^’\n]*’|“[^”\n]*”|[“”][^“”"\n]*[“”"]?)
+        |(?P<slashes>//[^\n]*|/\*[^\n]*?(?:\*/|$))
         |(?P<foreign>!==|!(?!=)|{either(f for f in _FOREIGN if f not in ("!", "!==", "|", "%"))}|%)
         |(?P<op>{either(long_first)})
         |(?P<bar>\|)
         |(?P<bad>[^\x00-\x7f{_LETTER}0-9\u00a0\ufeff≤≥≠‖∥“”‘’]+|.)""",
-        re.VERBOSE | re.DOTALL,
+        re.VERBOSE | re.DOTALL | re.MULTILINE,
     )
 
 
@@ -123,6 +124,9 @@ def scan(source: Source) -> tuple[list[Token], tuple[Comment, ...]]:
             continue
         elif kind != "word":
             token.kind = "bad"
+            if kind == "slashes":  # another language's comment: report its sign, skip the rest
+                kind = "foreign"
+                token.text, token.end = text[:2], start + 2
             token.reason = {"badnumber": "number", "bar": "foreign"}.get(kind, kind)
             if kind == "bad":
                 token.reason = "character"

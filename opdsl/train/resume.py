@@ -83,6 +83,9 @@ def load(session, say: Callable[[str], None]) -> int:
         take(found.tensors.get(name, {}))
     engine.counts.update(found.state["counts"])
     engine.micro_batch = found.state["micro_batch"]
+    before, now = found.state["steps"], plan.recipe.steps
+    if before != now:
+        say(f"the run goes from {before} to {now} steps; schedules over the whole run stretch")
     say(f"resuming after step {found.step}")
     return found.step
 
