@@ -81,8 +81,8 @@ class Adjoint:
             if a is None or not node.q.live or node.op == "sg":
                 continue
             rule = getattr(self, f"_{node.op}", None)
-            if rule is None:
-                assert node.op in ("logp", "input"), f"no derivative of {node.op}"
+            if rule is None:  # a quantile is a threshold: frozen, whatever it is taken of
+                assert node.op in ("logp", "input", "quantile_b"), f"no derivative of {node.op}"
                 continue
             rule(node, a)
         return self
@@ -140,7 +140,11 @@ class Adjoint:
         self.give(n.args[0], self.b.mul(a, n), n)
 
     def _log(self, n: Node, a: Node) -> None:
-        self.give(n.args[0], self.b.div(a, n.args[0]), n)
+        b, x = self.b, n.args[0]
+        slope = b.div(a, x)
+        if not x.q.low > 0:  # log 0 is a floor, not a pole
+            slope = b.where(b.compare("<", b.const(0.0), x), slope, b.const(0.0))
+        self.give(x, slope, n)
 
     def _pow(self, n: Node, a: Node) -> None:
         b, (x, p) = self.b, n.args
@@ -232,6 +236,13 @@ class Adjoint:
         b, (x, _) = self.b, n.args
         self.give(x, b.mul(a, b.exp(b.sub(x, n))), x)
 
+    def _score_tail(self, n: Node, a: Node) -> None:
+        """Outside the head: the slope of the body at y over the probability of having drawn y."""
+        b, (_, inside) = self.b, n.args
+        outside = b.compare("<", inside, b.const(0.5))
+        for leaf, coefficient in tail_coefficients(b, n):
+            self.give(leaf, b.where(outside, b.mul(a, coefficient), b.const(0.0)), n)
+
     # -- coupling ----------------------------------------------------------------------------
     def _sum_t(self, n: Node, a: Node) -> None:
         self.give(n.args[0], a, n.args[0])
@@ -286,6 +297,18 @@ def _at(b: Builder, x: Node, axis: Axis) -> Node:
 def adjoints(b: Builder, root: Node) -> dict[int, Node]:
     """Node id -> ∂(Σ_n root[n])/∂node, for the live nodes below the root."""
     return Adjoint(b, root).run().adj
+
+
+def tail_coefficients(b: Builder, tail: Node) -> list[tuple[Node, Node]]:
+    """(log-probability at y, ∂body/∂it / π(y)) for every live distribution a tail's body reads.
+
+    Σ over the entries outside the head is E_{y~π}[· / π(y)]; y is drawn at temperature 1.
+    """
+    body = tail.args[0]
+    drawn = b.exp(b.at_y(b.logp("student", True)))
+    found = adjoints(b, body)
+    leaves = [n for n in nodes_below([body]) if n.op == "at_y" and n.q.live and n.id in found]
+    return [(leaf, b.sg(b.div(found[leaf.id], drawn))) for leaf in leaves]
 
 
 def strip(b: Builder, root: Node) -> Node:

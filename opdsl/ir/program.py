@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from opdsl.ir.derive import Cotangent, adjoints, cotangents
+from opdsl.ir.derive import Cotangent, cotangents, tail_coefficients
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Builder, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
@@ -132,11 +132,11 @@ def expand_tails(b: Builder, root: Node) -> Node:
     def change(n: Node, args: tuple[Node, ...]) -> Node | None:
         if n.op != "score_tail":
             return None
-        body, inside = args
-        lp = b.at_y(b.logp("student", True))
-        slope = adjoints(b, body).get(lp.id, b.const(0.0))
-        coefficient = b.sg(b.div(slope, b.exp(lp)))
-        outside = b.compare("<", inside, b.const(0.5))
-        return b.where(outside, b.mul(coefficient, lp), b.const(0.0))
+        zero = b.const(0.0)
+        total = zero
+        for leaf, coefficient in tail_coefficients(b, b.make(n.op, args, n.q)):
+            total = b.add(total, b.mul(coefficient, leaf))
+        outside = b.compare("<", args[1], b.const(0.5))
+        return b.where(outside, total, zero)
 
     return rewrite(b, root, change)

@@ -454,9 +454,13 @@ def _sft(el: Elaborator, e: tree.Call) -> vl.Value:
 
 
 def _routed(el: Elaborator, e: tree.Call, env: Env) -> vl.Value:
+    from opdsl.meaning.infer import Stop
+
     parts: list[str] = []
     for a in e.args:
         value = el.ev(a.value, env) if isinstance(a, tree.Arg) else None
+        if isinstance(value, vl.Bad):
+            raise Stop
         if not isinstance(value, vl.LeafDist) or value.is_live:
             el.fail(
                 "OPD202",

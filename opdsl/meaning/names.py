@@ -130,7 +130,7 @@ def closest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 Parse = Callable[[Source], tuple[tree.File | None, tuple[Diagnostic, ...]]]
-Read = Callable[[Path], Source]
+Read = Callable[[Path, str], Source]
 
 
 _DEF = re.compile(r"^def[ \t]+([A-Za-z_]\w*)", re.MULTILINE)
@@ -206,7 +206,7 @@ class Loader:
         if self._std is None:
             library = Library(self.parse, self.report)
             for path in sorted((self.shipped / "std").glob("*.opd")):
-                library.add(self.read(path))
+                library.add(self.read(path, f"specs/std/{path.name}"))
             self._std = Scope(Source("std", ""), defs=library)
         return self._std
 
@@ -221,6 +221,14 @@ class Loader:
         if file is not None:
             self._fill(scope, file, path, (path,) if path else ())
         return scope, file
+
+    def _display(self, path: Path) -> str:
+        """A path as short as it can be said."""
+        shipped = self.shipped.resolve()
+        if shipped in path.parents:
+            return f"specs/{path.relative_to(shipped).as_posix()}"
+        cwd = Path.cwd().resolve()
+        return str(path.relative_to(cwd)) if cwd in path.parents else str(path)
 
     def _root_of(self, path: Path | None) -> Path:
         if path is None:
@@ -389,7 +397,7 @@ class Loader:
         from opdsl.diagnostics import CompileError
 
         try:
-            source = self.read(target)
+            source = self.read(target, self._display(target))
         except CompileError as e:
             for d in e.diagnostics:
                 self.report.add(d)

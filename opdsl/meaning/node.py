@@ -162,7 +162,10 @@ class Builder:
     ) -> Node:
         assert op in OPS, op
         items = tuple(sorted(attrs.items()))
-        key = (op, tuple(a.id for a in args), items)
+        # Two values may share their operands and differ in kind: ones per token and per sequence,
+        # 2 and 2 nats, a sum over other rollouts whose information level is known to be lower.
+        kind = (q.axis, q.unit, q.info) if q is not None else None
+        key = (op, tuple(a.id for a in args), items, kind)
         found = self._table.get(key)
         if found is not None:
             return found
@@ -281,7 +284,7 @@ class Builder:
             return self.neg(self.mul(a.args[0], b))
         if b.op == "neg":
             return self.neg(self.mul(a, b.args[0]))
-        if b.op == "const" and a.op == "mul" and a.args[1].op == "const":
+        if b.op == "const" and _plain_multiple(a):
             return self.mul(a.args[0], self.const(a.args[1].value * b.value))
         if a.op == "div" and a.args[0].is_const(1):
             return self.div(b, a.args[1])
@@ -321,7 +324,7 @@ class Builder:
             return self.const(-a.value, a.q.unit)
         if a.op == "sub":
             return self.sub(a.args[1], a.args[0])
-        if a.op == "mul" and a.args[1].op == "const":
+        if _plain_multiple(a):
             return self.mul(a.args[0], self.const(-a.args[1].value))
         unit = "nats" if a.q.unit == "logprob" else a.q.unit
         return self._elementwise("neg", (a,), unit, -a.q.high, -a.q.low)
@@ -526,6 +529,11 @@ class Builder:
 # ---- units -------------------------------------------------------------------------------
 
 NEUTRAL = frozenset({"real", "int", "weight", "gate", "bool"})
+
+
+def _plain_multiple(a: Node) -> bool:
+    """A number times a constant, in the unit the product has (no declared one to lose)."""
+    return a.op == "mul" and a.args[1].op == "const" and a.attr("unit") is None
 
 
 def join_units(a: Node, b: Node) -> str:

@@ -10,6 +10,7 @@ from opdsl.meaning import sources
 from opdsl.meaning.infer import Env, Stop
 from opdsl.meaning.names import Scoped, closest
 from opdsl.meaning.spec import StateSource, Term
+from opdsl.meaning.values import Domain
 from opdsl.syntax import tree
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def use_method(
         _check_states(ela, frame, inner, e, states)
     frame.params += inner.params
     frame.critics += inner.critics
+    frame.flat.accepts += [Scoped(a.stmt, a.scope, True) for a in flat.accepts]
     terms = ela._terms(inner, states)
     return [_regate(ela, frame, name, t, len(terms)) for t in terms]
 
@@ -193,8 +195,12 @@ def _regate(ela: Elaboration, frame: Frame, name: str, term: Term, count: int) -
             if section.term is None or section.term.name == name:
                 target.append((section, Env(entry.scope, {}, frame.env)))
     spans = dict(term.spans)
-    gate = _product(ela.el, gates, "gate", spans)
-    weight = _product(ela.el, weights, "weight", spans)
+    support = None
+    if "support" in term.spans:
+        support = Domain(term.support.set, term.support.base, term.support.tail)
+    with ela.el.context(support=support, advantage=term.advantage):
+        gate = _product(ela.el, gates, "gate", spans)
+        weight = _product(ela.el, weights, "weight", spans)
     b = ela.builder
     if gate is None or weight is None:
         return replace(term, name=label)

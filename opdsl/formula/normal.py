@@ -1,0 +1,523 @@
+"""A normal form of node graphs: sums of products of named things.
+
+Two spellings of one formula get one normal form: differences are multiplied out, logarithms of
+ratios split, probabilities are exponentials of log-probabilities, Σ_v is linear, Σ_v p(v) is 1,
+indicators multiply like conditions. What the algebra does not know stays as an opaque atom.
+
+Entries of the vocabulary are read at an index: `v` (the running entry), `y` (the sampled token)
+or `rest` (the bucket of a support with a bin).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from opdsl.ir.derive import TAIL_FLOOR
+from opdsl.meaning.node import Node
+from opdsl.meaning.quantity import Axis
+
+LIMIT = 96  # monomials; beyond it a value stays opaque
+
+
+@dataclass(frozen=True, slots=True)
+class Atom:
+    """L log-probability, P probability, node opaque, ind condition, in membership, sum Σ over a
+    set, count size of a set, exp / abs / group of a whole polynomial, log of a knob, div a
+    recognised divergence, diff difference of two log-probabilities, named a definition, e the
+    sampled token's unit vector."""
+
+    kind: str
+    key: object
+    at: str = ""  # "" per token, or the index it is read at
+
+    @property
+    def varies(self) -> bool:
+        return self.at == "v"
+
+    @property
+    def order(self) -> tuple[str, str, str]:
+        return self.kind, _text(self.key), self.at
+
+
+def _text(key: object) -> str:
+    """A key as text that does not depend on hashing."""
+    if isinstance(key, frozenset):
+        return "{" + ",".join(sorted(_text(k) for k in key)) + "}"
+    if isinstance(key, tuple):
+        return "(" + ",".join(_text(k) for k in key) + ")"
+    if isinstance(key, Atom):
+        return _text(key.order)
+    return str(key)
+
+
+Mono = frozenset  # of (Atom, power)
+Poly = dict  # Mono -> coefficient, in order of appearance
+UNIT: Mono = frozenset()
+
+# distributions are tuples: ("leaf", name, temperature, frozen), ("renorm", dist, set id),
+# ("mix", ((weight polynomial, dist), …)), ("bin", dist, set id) for the bucket's log-probability
+Dist = tuple
+
+
+def leaf(name: str, temperature: float = 1.0, frozen: bool = False) -> Dist:
+    return ("leaf", name, temperature, frozen)
+
+
+# ---- algebra ---------------------------------------------------------------------------------
+
+
+def constant(x: float) -> Poly:
+    return {UNIT: x} if x else {}
+
+
+def single(atom: Atom, power: float = 1.0) -> Poly:
+    return {frozenset({(atom, power)}): 1.0}
+
+
+def plus(a: Poly, b: Poly, scale: float = 1.0) -> Poly:
+    out = dict(a)
+    for m, c in b.items():
+        total = out.get(m, 0.0) + scale * c
+        if abs(total) < 1e-13:
+            out.pop(m, None)
+        else:
+            out[m] = total
+    return out
+
+
+def scaled(a: Poly, k: float) -> Poly:
+    return {m: c * k for m, c in a.items()} if k else {}
+
+
+def join(a: Mono, b: Mono) -> Mono:
+    powers: dict[Atom, float] = dict(a)
+    for atom, p in b:
+        if atom.kind in ("ind", "in", "e"):
+            powers[atom] = 1.0
+            continue
+        total = powers.get(atom, 0.0) + p
+        if abs(total) < 1e-13:
+            powers.pop(atom, None)
+        else:
+            powers[atom] = total
+    return frozenset(powers.items())
+
+
+def times(a: Poly, b: Poly) -> Poly:
+    out: Poly = {}
+    for m, c in a.items():
+        out = plus(out, {join(m, n): c * d for n, d in b.items()} if len(b) == 1 else _each(m, c, b))
+    return out
+
+
+def _each(m: Mono, c: float, b: Poly) -> Poly:
+    out: Poly = {}
+    for n, d in b.items():
+        out = plus(out, {join(m, n): c * d})
+    return out
+
+
+def power(a: Poly, k: float) -> Poly | None:
+    """a^k for one monomial, or a small whole k; None where it would not stay a polynomial."""
+    if len(a) == 1:
+        ((m, c),) = a.items()
+        if c > 0 or float(k).is_integer():
+            return {frozenset((x, p * k) for x, p in m): c**k}
+        return None
+    if k in (2.0, 3.0):
+        out = a
+        for _ in range(int(k) - 1):
+            out = times(out, a)
+        return out
+    return None
+
+
+def frozen(a: Poly) -> frozenset:
+    return frozenset(a.items())
+
+
+def ordered(a: Poly) -> list[tuple[Mono, float]]:
+    return list(a.items())
+
+
+def atoms_of(a: Poly) -> list[Atom]:
+    """Every atom once, in an order that does not depend on hashing."""
+    return sorted({x for m in a for x, _ in m}, key=lambda x: x.order)
+
+
+def is_one(a: Poly) -> bool:
+    return len(a) == 1 and UNIT in a and abs(a[UNIT] - 1) < 1e-13
+
+
+def thaw(dist: Dist) -> Dist:
+    """Without stop-gradient marks."""
+    if dist[0] == "leaf":
+        return leaf(dist[1], dist[2])
+    if dist[0] in ("renorm", "bin"):
+        return (dist[0], thaw(dist[1]), dist[2])
+    if dist[0] == "mix":
+        return ("mix", tuple((w, thaw(d)) for w, d in dist[1]))
+    return dist
+
+
+def freeze(dist: Dist) -> Dist:
+    if dist[0] == "leaf":
+        return leaf(dist[1], dist[2], dist[1] == "student")
+    if dist[0] in ("renorm", "bin"):
+        return (dist[0], freeze(dist[1]), dist[2])
+    if dist[0] == "mix":
+        return ("mix", tuple((w, freeze(d)) for w, d in dist[1]))
+    return dist
+
+
+# ---- from nodes ------------------------------------------------------------------------------
+
+
+class Normal:
+    """Normal forms of the nodes of one method.
+
+    names: node id -> (±1, atom): quantities with a symbol of their own stay as they are.
+    sets: id -> node of every index set met, for printing.
+    """
+
+    def __init__(self, names: dict[int, tuple[float, Atom]] | None = None):
+        self.names = names or {}
+        self.sets: dict[int, Node] = {}
+        self.nodes: dict[int, Node] = {}
+        self._memo: dict[tuple[int, str], Poly] = {}
+
+    def poly(self, n: Node, at: str = "v") -> Poly:
+        """The normal form of a node; VOCAB values are read at index `at`."""
+        key = (n.id, at if n.q.axis is Axis.VOCAB else "")
+        if key not in self._memo:
+            if n.id in self.names:
+                sign, atom = self.names[n.id]
+                place = at if atom.at else ""
+                found = scaled(single(Atom(atom.kind, atom.key, place)), sign)
+            else:
+                found = self._make(n, at)
+                if len(found) > LIMIT:
+                    found = self.opaque(n, at)
+            self._memo[key] = found
+        return self._memo[key]
+
+    def opaque(self, n: Node, at: str) -> Poly:
+        self.nodes[n.id] = n
+        return single(Atom("node", n.id, at if n.q.axis is Axis.VOCAB else ""))
+
+    def _make(self, n: Node, at: str) -> Poly:
+        rule: Callable[[Node, str], Poly | None] | None = getattr(self, f"_{n.op}", None)
+        found = rule(n, at) if rule is not None else None
+        return self.opaque(n, at) if found is None else found
+
+    def set_id(self, s: Node) -> int:
+        self.sets[s.id] = s
+        return s.id
+
+    # -- leaves ----------------------------------------------------------------------------
+    def _const(self, n: Node, at: str) -> Poly:
+        return constant(float(n.attr("value")))  # type: ignore[arg-type]
+
+    def _input(self, n: Node, at: str) -> Poly | None:
+        return constant(1.0) if n.attr("name") == "one" else None
+
+    def _logp(self, n: Node, at: str) -> Poly:
+        temperature = float(n.attr("temperature"))  # type: ignore[arg-type]
+        return single(Atom("L", leaf(str(n.attr("dist")), temperature), at))
+
+    # -- gathers -----------------------------------------------------------------------------
+    def _at_y(self, n: Node, at: str) -> Poly:
+        return self.poly(n.args[0], "y")
+
+    def _at_set(self, n: Node, at: str) -> Poly:
+        return self.poly(n.args[0], at)
+
+    def _head(self, n: Node, at: str) -> Poly:
+        return self.poly(n.args[0], at)
+
+    def _last(self, n: Node, at: str) -> Poly:
+        return self.poly(n.args[0], "rest")
+
+    def _put_set(self, n: Node, at: str) -> Poly:
+        inside = Atom("in", self.set_id(n.args[1]), at)
+        return times(single(inside), self.poly(n.args[0], at))
+
+    def _add_bin(self, n: Node, at: str) -> Poly | None:
+        inner = self.poly(n.args[0], "v")
+        if at != "rest":
+            return self.poly(n.args[0], at)
+        dist = only_dist(inner)
+        if dist is None:
+            return None
+        return single(Atom("L", ("bin", dist, self.set_id(n.args[1])), "rest"))
+
+    # -- arithmetic ----------------------------------------------------------------------------
+    def _add(self, n: Node, at: str) -> Poly:
+        if n.q.axis is Axis.CONST:
+            return self._static(n)
+        return plus(self.poly(n.args[0], at), self.poly(n.args[1], at))
+
+    def _sub(self, n: Node, at: str) -> Poly:
+        if n.q.axis is Axis.CONST:
+            return self._static(n)
+        x, lse = n.args
+        if lse.op == "lse_v" and lse.args[0] is x:
+            dist = only_dist(self.poly(x, "v"))
+            if dist is not None:
+                if lse.args[1].op == "full":
+                    return self.poly(x, at)
+                return single(Atom("L", ("renorm", dist, self.set_id(lse.args[1])), at))
+        return plus(self.poly(x, at), self.poly(lse, at), -1.0)
+
+    def _static(self, n: Node) -> Poly:
+        """Sums of knobs stay whole: 1 − β is one number."""
+        a, b = (self.poly(x, "") for x in n.args)
+        total = plus(a, b, 1.0 if n.op == "add" else -1.0)
+        if len(total) <= 1:
+            return total
+        return self.opaque(n, "")
+
+    def _neg(self, n: Node, at: str) -> Poly:
+        return scaled(self.poly(n.args[0], at), -1.0)
+
+    def _mul(self, n: Node, at: str) -> Poly:
+        return times(self.poly(n.args[0], at), self.poly(n.args[1], at))
+
+    def _div(self, n: Node, at: str) -> Poly | None:
+        top, bottom = self.poly(n.args[0], at), self.poly(n.args[1], at)
+        if top == bottom:
+            return constant(1.0)
+        if len(bottom) == 1:
+            inverse = power(bottom, -1.0)
+        else:
+            inverse = single(Atom("group", frozen(bottom), _level(bottom)), -1.0)
+        return None if inverse is None or not bottom else times(top, inverse)
+
+    def _pow(self, n: Node, at: str) -> Poly | None:
+        base, exponent = self.poly(n.args[0], at), n.args[1].value
+        if exponent is None or n.args[1].op != "const":
+            return None
+        found = power(base, exponent)
+        if found is None and base:
+            return single(Atom("group", frozen(base), _level(base)), exponent)
+        return found
+
+    def _exp(self, n: Node, at: str) -> Poly:
+        return exponential(self.poly(n.args[0], at))
+
+    def _log(self, n: Node, at: str) -> Poly | None:
+        inner = self.poly(n.args[0], at)
+        if len(inner) != 1:
+            static = n.q.axis is Axis.CONST and bool(inner)
+            return single(Atom("log", frozen(inner))) if static else None
+        ((m, c),) = inner.items()
+        if c <= 0:
+            return None
+        out = constant(math.log(c))
+        for atom, p in sorted(m, key=lambda x: x[0].order):
+            if atom.kind == "P":
+                out = plus(out, single(Atom("L", atom.key, atom.at)), p)
+            elif n.q.axis is Axis.CONST:
+                out = plus(out, single(Atom("log", frozen(single(atom)))), p)
+            else:
+                return None
+        return out
+
+    def _abs(self, n: Node, at: str) -> Poly | None:
+        inner = self.poly(n.args[0], at)
+        if not inner or any(x.kind == "node" for x in atoms_of(inner)):
+            return None
+        first = min(inner, key=lambda m: _text(m))
+        if inner[first] < 0:
+            inner = scaled(inner, -1.0)
+        return single(Atom("abs", frozen(inner), _level(inner)))
+
+    def _logaddexp(self, n: Node, at: str) -> Poly | None:
+        parts: list[tuple[frozenset, Dist]] = []
+        for x in n.args:
+            weighed = _weighed(self.poly(x, at), at)
+            if weighed is None:
+                return None
+            weight, dist = weighed
+            if dist[0] == "mix":
+                parts += [(frozen(times(dict(w), weight)), d) for w, d in dist[1]]
+            else:
+                parts.append((frozen(weight), dist))
+        parts.sort(key=lambda p: _text(p[1]))
+        return single(Atom("L", ("mix", tuple(parts)), at))
+
+    def _sg(self, n: Node, at: str) -> Poly:
+        return held(self.poly(n.args[0], at))
+
+    def _live(self, n: Node, at: str) -> Poly:
+        return self.poly(n.args[0], at)
+
+    def _where(self, n: Node, at: str) -> Poly:
+        test, yes, no = n.args
+        if _guarded(test, yes, no):
+            return self.poly(yes, at)
+        c = self.truth(test, at)
+        gap = plus(self.poly(yes, at), self.poly(no, at), -1.0)
+        return plus(self.poly(no, at), times(c, gap))
+
+    # -- conditions ------------------------------------------------------------------------------
+    def truth(self, n: Node, at: str) -> Poly:
+        """A condition as a polynomial in indicators."""
+        if n.id in self.names:
+            return self.poly(n, at)
+        match n.op:
+            case "const":
+                return constant(float(n.attr("value")))  # type: ignore[arg-type]
+            case "not":
+                return plus(constant(1.0), self.truth(n.args[0], at), -1.0)
+            case "and":
+                return times(self.truth(n.args[0], at), self.truth(n.args[1], at))
+            case "or":
+                a, b = (self.truth(x, at) for x in n.args)
+                return plus(plus(a, b), times(a, b), -1.0)
+            case "is_y":
+                return constant(1.0) if at == "y" else single(Atom("ind", "y", at))
+            case "in_set":
+                return single(Atom("in", self.set_id(n.args[0]), at))
+        if _is_real(n) or _is_floor(n):
+            return constant(1.0)
+        self.nodes[n.id] = n
+        return single(Atom("ind", n.id, at if n.q.axis is Axis.VOCAB else ""))
+
+    def _condition(self, n: Node, at: str) -> Poly:
+        return self.truth(n, at)
+
+    _lt = _le = _eq = _and = _or = _not = _is_y = _in_set = _condition
+
+    # -- sums over entries -------------------------------------------------------------------------
+    def _sum_v(self, n: Node, at: str) -> Poly:
+        x, s = n.args
+        if s.op == "sampled":
+            return self.poly(x, "y")
+        sid = self.set_id(s)
+        out: Poly = {}
+        for m, c in self.poly(x, "v").items():
+            inner = frozenset((a, p) for a, p in m if a.varies)
+            outer = m - inner
+            if not inner:
+                total = single(Atom("count", sid))
+            elif self._is_distribution(inner, s):
+                total = constant(1.0)
+            else:
+                total = single(Atom("sum", (sid, inner)))
+            out = plus(out, scaled(times({outer: 1.0}, total), c))
+        return out
+
+    def _is_distribution(self, m: Mono, s: Node) -> bool:
+        """Whether a monomial is one distribution that sums to 1 over this set."""
+        if len(m) != 1:
+            return False
+        ((atom, p),) = m
+        return atom.kind == "P" and p == 1 and normalized_on(atom.key, s)
+
+    def _lse_v(self, n: Node, at: str) -> Poly | None:
+        dist = only_dist(self.poly(n.args[0], "v"))
+        if dist is not None and normalized_on(dist, n.args[1]):
+            return {}
+        return None
+
+
+def normalized_on(dist: Dist, s: Node) -> bool:
+    if s.op in ("full", "with_bin"):
+        return dist[0] == "leaf" or (
+            dist[0] == "mix" and all(normalized_on(d, s) for _, d in dist[1])
+        )
+    if dist[0] == "mix":
+        return all(normalized_on(d, s) for _, d in dist[1])
+    return dist[0] == "renorm" and dist[2] == s.id
+
+
+def only_dist(a: Poly) -> Dist | None:
+    """The distribution whose log-probability this is."""
+    if len(a) != 1:
+        return None
+    ((m, c),) = a.items()
+    if c != 1 or len(m) != 1:
+        return None
+    ((atom, p),) = m
+    return atom.key if atom.kind == "L" and p == 1 else None  # type: ignore[return-value]
+
+
+def _weighed(a: Poly, at: str) -> tuple[Poly, Dist] | None:
+    """(w, p) of log w + log p."""
+    dists = [m for m in a if any(x.kind == "L" and x.at == at for x, _ in m)]
+    if len(dists) != 1 or a[dists[0]] != 1:
+        return None
+    dist = only_dist({dists[0]: 1.0})
+    rest = {m: c for m, c in a.items() if m is not dists[0]}
+    if dist is None or any(x.kind != "log" for m in rest for x, _ in m):
+        return None
+    return exponential(rest), dist
+
+
+def exponential(a: Poly) -> Poly:
+    """exp of a polynomial: log-probabilities become probabilities, logs of knobs the knobs."""
+    out = constant(1.0)
+    left: Poly = {}
+    for m, c in a.items():
+        if m == UNIT:
+            out = scaled(out, math.exp(min(c, 700.0)))
+            continue
+        if len(m) == 1:
+            ((atom, p),) = m
+            if atom.kind == "L" and p == 1:
+                out = times(out, single(Atom("P", atom.key, atom.at), c))
+                continue
+            if atom.kind == "log" and p == 1:
+                raised = power(dict(atom.key), c)  # type: ignore[call-overload]
+                if raised is not None:
+                    out = times(out, raised)
+                    continue
+        left[m] = c
+    if left:
+        out = times(out, single(Atom("exp", frozen(left), _level(left))))
+    return out
+
+
+def _level(a: Poly) -> str:
+    places = {x.at for m in a for x, _ in m}
+    return "v" if "v" in places else ""
+
+
+def held(a: Poly) -> Poly:
+    """Behind a stop-gradient: the student's own values are marked frozen."""
+    out: Poly = {}
+    for m, c in a.items():
+        out = plus(out, {frozenset((_held(x), p) for x, p in m): c})
+    return out
+
+
+def _held(x: Atom) -> Atom:
+    if x.kind in ("L", "P"):
+        return Atom(x.kind, freeze(x.key), x.at)  # type: ignore[arg-type]
+    if x.kind == "sum":
+        sid, inner = x.key  # type: ignore[misc]
+        return Atom("sum", (sid, frozenset((_held(a), p) for a, p in inner)), x.at)
+    if x.kind in ("abs", "exp", "group"):
+        return Atom(x.kind, frozen(held(dict(x.key))), x.at)  # type: ignore[call-overload]
+    return x
+
+
+# ---- guards that mathematics does not see -------------------------------------------------------
+
+
+def _is_real(n: Node) -> bool:
+    """−10²⁰ < log p: true of every real entry (padding rows are −inf)."""
+    return n.op == "lt" and n.args[0].op == "const" and n.args[0].value == -1e20
+
+
+def _is_floor(n: Node) -> bool:
+    """The floor under the logarithm of a tail mass."""
+    return n.op == "lt" and n.args[0].op == "const" and n.args[0].value == TAIL_FLOOR
+
+
+def _guarded(test: Node, yes: Node, no: Node) -> bool:
+    """`where(0 < x, x, 1)`: a denominator that may be an empty sum."""
+    return test.op == "lt" and test.args[0].is_const(0) and test.args[1] is yes and no.is_const(1)
