@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import signal
@@ -180,7 +179,9 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(tmp_path, pair, call, monk
 
     monkeypatch.setattr(checkpoint, "_write_file", full)
     with pytest.raises(RunProblem) as caught:
-        checkpoint.write(root, 3, {"student": {"w": torch.ones(3)}, "more": {"v": torch.ones(2)}}, {}, {})
+        checkpoint.write(
+            root, 3, {"student": {"w": torch.ones(3)}, "more": {"v": torch.ones(2)}}, {}, {}
+        )
     assert caught.value.diagnostic.code == "OPD704" and "MB" in caught.value.message
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
 
@@ -225,7 +226,9 @@ def test_other_settings_are_refused_by_name(tmp_path, pair, more):
     with pytest.raises(RunProblem) as caught:
         train(FakeMethod("reverse"), settings(tmp_path, pair, steps=8, resume=True, **more))
     assert caught.value.exit_code == 2
-    assert any(next(iter(more)) in n or "lr" in n or "batch" in n for n in caught.value.diagnostic.notes)
+    assert any(
+        next(iter(more)) in n or "lr" in n or "batch" in n for n in caught.value.diagnostic.notes
+    )
 
 
 def test_more_steps_continue_a_constant_schedule(tmp_path, pair):

@@ -69,7 +69,11 @@ def text_model(folder, seed, rows=72, words=WORDS, template=None):
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
     tokenizer.chat_template = template
     tiny(folder, seed, vocab=rows)
@@ -210,7 +214,9 @@ def test_an_unknown_spec_and_an_output_folder_that_is_a_file(tmp_path, spec):
 
 
 def test_hub_models_without_a_network_name_the_model_and_the_cure(tmp_path):
-    text = SPEC + '\nrun big of full_kl { student = "org/small"  T = "org/big"  data = "d.jsonl" }\n'
+    text = (
+        SPEC + '\nrun big of full_kl { student = "org/small"  T = "org/big"  data = "d.jsonl" }\n'
+    )
     path = tmp_path / "full_kl.opd"
     path.write_text(text)
     result = run("run", path, "--out", tmp_path / "out", code=3)
@@ -278,7 +284,9 @@ def test_other_tokenizers_are_refused_with_a_witness(tmp_path, spec, texts, data
 
 
 def test_rows_as_they_are_read():
-    row, fault = parse_row(b'{"prompt": [{"role": "user", "content": "a"}], "reference": 4, "x": "y"}')
+    row, fault = parse_row(
+        b'{"prompt": [{"role": "user", "content": "a"}], "reference": 4, "x": "y"}'
+    )
     assert fault is None and row["reference"] == "4" and row["fields"] == {"x": "y"}
     assert parse_row(b"[" * 100_000)[1] is not None
 
@@ -290,7 +298,9 @@ def test_chat_templates_are_applied_once(tmp_path, texts, data):
 
     template = "<s> {% for m in messages %}{{ m['content'] }} {% endfor %}w59"
     folder = text_model(tmp_path / "chat", 0, template=template)
-    found = FileData(str(data), AutoTokenizer.from_pretrained(folder), FileOptions(context=64, max_new_tokens=8))
+    found = FileData(
+        str(data), AutoTokenizer.from_pretrained(folder), FileOptions(context=64, max_new_tokens=8)
+    )
     assert found.response_text(found.prompts(0, 1)[0].ids[1:]).endswith("w59")
     assert list(found.prompts(0, 1)[0].ids).count(1) == 1  # one start token
     prompt = found.prompts(0, 1)[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -214,7 +215,9 @@ def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path, pair):
     assert stop.exit_code == 4 and stop.step == 1 and stop.row is not None
     assert "teacher T" in stop.message and "sample" in stop.message
     assert not (tmp_path / "out" / "summary.json").exists()
-    assert json.loads((tmp_path / "out" / "bad-batch-step-000001.json").read_text())["row"] == stop.row
+    assert (
+        json.loads((tmp_path / "out" / "bad-batch-step-000001.json").read_text())["row"] == stop.row
+    )
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -287,7 +290,10 @@ def test_a_zero_gradient_changes_nothing(tmp_path, pair, monkeypatch):
 def test_lambda_returns_against_the_definition():
     generator = torch.Generator().manual_seed(0)
     B, T, gamma, lam = 3, 5, 0.9, 0.7
-    reward, values = torch.randn(B, T, generator=generator), torch.randn(B, T + 1, generator=generator)
+    reward, values = (
+        torch.randn(B, T, generator=generator),
+        torch.randn(B, T + 1, generator=generator),
+    )
     lengths = [5, 2, 3]
     mask = torch.arange(T) < torch.tensor(lengths)[:, None]
     values[1, 2] = 0.0  # ended by the end token
@@ -370,7 +376,12 @@ def test_recipes_of_the_embedded_pair_and_of_real_models():
 
 @pytest.mark.parametrize(
     ("name", "text", "code"),
-    [("lrr", "1", "OPD119"), ("lr", "-1", "OPD112"), ("steps", "2.5", "OPD112"), ("lr", "x", "OPD112")],
+    [
+        ("lrr", "1", "OPD119"),
+        ("lr", "-1", "OPD112"),
+        ("steps", "2.5", "OPD112"),
+        ("lr", "x", "OPD112"),
+    ],
 )
 def test_wrong_optimize_settings(name, text, code):
     with pytest.raises(RunProblem) as caught:
@@ -446,10 +457,10 @@ def test_vocabularies_of_different_size_need_a_tokenizer(tmp_path, pair):
 
 
 def test_weights_of_the_teacher_stay_as_they_are(tmp_path, pair):
-    path = os.path.join(pair["teachers"]["T"], "model.safetensors")
-    before = open(path, "rb").read()
+    path = Path(pair["teachers"]["T"]) / "model.safetensors"
+    before = path.read_bytes()
     train(FakeMethod("reverse"), settings(tmp_path, pair))
-    assert open(path, "rb").read() == before
+    assert path.read_bytes() == before
 
 
 def test_exported_files_follow_the_umask(tmp_path, pair):

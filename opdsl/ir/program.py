@@ -7,6 +7,7 @@ N taken over the whole optimizer batch (semantics §1), so a micro-batch is a su
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from opdsl.ir.derive import Cotangent, cotangents, tail_coefficients
 from opdsl.meaning.graph import nodes_below
@@ -101,6 +102,9 @@ def lower(spec: Spec) -> Program:
 
 def _row(b: Builder, spec: Spec, term: Term) -> Row:
     loss = expand_tails(b, term.loss)
+    term = replace(
+        term, gate=expand_tails(b, term.gate), weight=expand_tails(b, term.weight)
+    )
     a = scale(b, spec.aggregate, term.gate)
     factor = b.mul(b.mul(a, term.weight), term.gate)
     return Row(term, a, b.mul(lift_token(b, loss), factor))
@@ -124,18 +128,21 @@ def rewrite(
 
 
 def expand_tails(b: Builder, root: Node) -> Node:
-    """`tail = sampled`: outside the head, sg(∂f/∂log π(y) / π(y)) · log π(y) (theory §7).
+    """`tail = sampled`: where y lies outside the head, an estimate of the sum over the rest.
 
-    For Σ π ℓ this is sg(ℓ + 1) log π(y), the pairing that is unbiased with a raw head.
+    Its value is body(y) / π(y), its gradient sg(∂body/∂log π(y) / π(y)) ∇log π(y), both unbiased
+    for y ~ π. For Σ π ℓ that is sg(ℓ + 1) ∇log π(y), the pairing a raw head needs (theory §7).
     """
 
     def change(n: Node, args: tuple[Node, ...]) -> Node | None:
         if n.op != "score_tail":
             return None
         zero = b.const(0.0)
-        total = zero
+        drawn = b.exp(b.at_y(b.logp("student", True)))
+        total = b.sg(b.div(args[0], drawn))
         for leaf, coefficient in tail_coefficients(b, b.make(n.op, args, n.q)):
-            total = b.add(total, b.mul(coefficient, leaf))
+            score = b.mul(coefficient, leaf)
+            total = b.add(total, b.sub(score, b.sg(score)))
         outside = b.compare("<", args[1], b.const(0.5))
         return b.where(outside, total, zero)
 

@@ -272,9 +272,9 @@ class Builder:
             a, b = b, a  # constants last
         if b.is_const(0):
             return self.const(0.0, product_unit(a, b))
-        if b.is_const(1):
+        if b.is_const(1) and (b.q.unit in NEUTRAL or product_unit(a, b) == a.q.unit):
             return a
-        if b.is_const(-1):
+        if b.is_const(-1) and (b.q.unit in NEUTRAL or product_unit(a, b) == a.q.unit):
             return self.neg(a)
         if a.op == b.op == "const":
             return self.const(a.value * b.value, product_unit(a, b))
@@ -322,7 +322,7 @@ class Builder:
             return a.args[0]
         if a.op == "const":
             return self.const(-a.value, a.q.unit)
-        if a.op == "sub":
+        if a.op == "sub" and a.attr("unit") is None:
             return self.sub(a.args[1], a.args[0])
         if _plain_multiple(a):
             return self.mul(a.args[0], self.const(-a.args[1].value))

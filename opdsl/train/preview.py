@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opdsl.train import models
@@ -89,6 +89,7 @@ def preview(method, plan: Plan) -> Preview:
         contexts = [models.context_of(source, role) for role, source in named.items()]
         data = file_data(method, plan, tokenizer, contexts)
         rows, notes = data.rows, tuple(data.notes)
+        plan = replace(plan, max_tokens=data.max_new_tokens)
     return Preview(complete(plan, method, rows), needs, rows, parameters, memory, notes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,7 +96,9 @@ def build(method, plan: Plan, progress: Progress) -> Session:
     fused = vocabulary > FUSED_FROM and linear_head
     if fused and any(not models.has_linear_head(m) for m in loaded.values()):
         fused = False
-    plan = complete(plan, method, data.rows)
+    plan = complete(
+        replace(plan, max_tokens=min(plan.max_tokens, data.max_new_tokens)), method, data.rows
+    )
     teachers, initial = _teachers(
         method, student, loaded, data, runtime, vocabulary, fused, settings
     )
@@ -203,10 +205,20 @@ def file_data(method, plan: Plan, tokenizer, contexts: list[int | None]) -> File
         raise problem("OPD701", f"student: {plan.student} has no tokenizer, and the data are text")
     sources = {s.policy for s in method.spec.states}
     prefixed = any(s.prefix for s in method.spec.states)
+    context = min([c for c in contexts if c], default=4096)
+    longest = plan.max_tokens
+    if settings.max_tokens is None and not any(s.max_tokens for s in method.spec.states):
+        longest = min(longest, context // 2)  # nobody asked: leave room for the prompt
+    if longest >= context:
+        raise problem(
+            "OPD709",
+            f"responses of {longest} tokens leave no room for a prompt in a context of {context}",
+            helps=["a smaller --max-tokens"],
+        )
     options = FileOptions(
         seed=plan.seed,
-        max_new_tokens=plan.max_tokens,
-        context=min([c for c in contexts if c], default=4096),
+        max_new_tokens=longest,
+        context=context,
         skip_bad_rows=settings.skip_bad_rows,
         long_prompts=settings.long_prompts,
         required_fields=tuple(needs.prompt_fields),

@@ -50,6 +50,8 @@ class Writer:
     critics: list[str] = field(default_factory=list)
     features: set[str] = field(default_factory=set)
     count: int = 0
+    detached: bool = False
+    has_support: bool = True
 
     # -- plumbing ------------------------------------------------------------------------------
     def fresh(self, stem: str) -> str:
@@ -281,7 +283,9 @@ class Writer:
         return f"{self.number(0.2, 1.5)} * {self.divergence()} + {self.num(0.1, 1.0)} * {self.loss_part()}"
 
     def loss_part(self) -> str:
-        return self.pick(self.divergence, self.sampled_loss, self.own_divergence)
+        return self.pick(
+            self.divergence, self.sampled_loss, lambda: f"1 nats * {self.own_divergence()}"
+        )
 
     # -- rewards -------------------------------------------------------------------------------------
     def reward(self) -> str:
@@ -387,8 +391,8 @@ class Writer:
         t = self.teacher
         if kind == "local":
             if self.full and self.chance(0.5):
-                return f"local(KL({t} || student), {self.support()})"
-            return f"local({self.pick('KL', 'TV', 'hellinger')}({t} || student))"
+                return f"local(KL({t} || student), {self.support(self.pick('bin', 'renormalize'))})"
+            return f"local({self.pick('TV', 'hellinger') if self.detached else 'KL'}({t} || student))"
         if kind != "counterfactual":
             return kind
         where = "full" if self.full and self.chance(0.2) else "support"
@@ -425,6 +429,14 @@ class Writer:
             f"{t}[v] - student[v]",
             f"if {t}[v] > student[v] then {t}[v] else 0",
         )
+
+    def gap(self) -> str:
+        name = self.fresh("my_gap_")
+        self.defs.append(
+            f"def {name}(p : dist, q : dist) : nats per token\n"
+            "{\n  d = log(p[y]) - log(q[y])\n  return 0.5 * d[t + 1] + 0.1 * d[t - 1]\n}"
+        )
+        return name
 
     # -- gates and weights ---------------------------------------------------------------------------
     def gate(self, reward: bool) -> str:
@@ -477,8 +489,7 @@ class Writer:
             lambda: self.use("weight sequence", "1 / length"),
             lambda: self.use("weight drift",
                 f"exp(-0.2 * sum(t in sequence: abs(logratio(student, {t}))))"),
-            lambda: self.use("weight next token", f"exp(-abs(logratio({t}, student)[t + 1]))"
-                if False else "1 + 0.5 * student[y]"),
+            lambda: self.use("weight next token", f"exp(-abs({self.gap()}({t}, student)))"),
             lambda: self.use("weight group", "1 + mean(i in others: outcome) ^ 2"),
         ]  # fmt: skip
         if self.full:
@@ -492,7 +503,7 @@ class Writer:
                 lambda: self.use("weight batch", f"abs(KL(student || {t}, on = full)) / "
                     f"(0.1 + max(i in batch: abs(KL(student || {t}, on = full))))"),
             ]  # fmt: skip
-        if not self.sampled_only:
+        if self.has_support and not self.sampled_only:
             options.append(lambda: self.use("weight mass", "mass(student)"))
         if reward:
             options.append(lambda: self.use("weight ppo_clip", f"ppo_clip(student, rollout, eps = {self.num(0.1, 0.4)})"))
@@ -505,9 +516,13 @@ class Writer:
         if self.sampled_only and route == "scores":
             route = "reward"
         self.features.add(f"route {route}")
-        lines = [f"support {self.support(self.scores_tail() if route == 'scores' else None)}"]
+        support = self.support(self.scores_tail() if route == "scores" else None)
+        self.detached = "tail = detach" in support
+        lines = [f"support {support}"]
         if route == "loss":
-            lines.append(f"feedback loss {self.loss()}")
+            # with the logarithm detached, only a live first factor has a gradient
+            loss = f"KL({self.live()} || {self.frozen()})" if self.detached else self.loss()
+            lines.append(f"feedback loss {loss}")
         elif route == "scores":
             lines.append(f"feedback scores {self.scores()}")
         else:
@@ -571,10 +586,12 @@ def spec(seed: int) -> Text:
                 given = f"T = {name}, " if USES[used].count(",") or "=" in USES[used] else f"T = {name}"
                 call = USES[used].format(given=given)
                 terms.append(f"  term part{i} = {call}")
+                w.has_support = False
                 if r.random() < 0.5:
                     terms.append(f"  gate part{i}: {w.gate(False)}")
                 if r.random() < 0.5:
                     terms.append(f"  weight part{i}: {w.weight(False)}")
+                w.has_support = True
             else:
                 terms.append(f"  term part{i} {{")
                 terms += w.body("    ")

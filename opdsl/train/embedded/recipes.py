@@ -41,11 +41,11 @@ class Phase:
     mixture: tuple[tuple[str, float], ...] = (("right", 1.0),)
     steps: int = 600
     least: int = 0
-    check: int = 50
+    check: int = 25
     anneal: int = 0
     measure: str = "exact"
     band: tuple[float, float] = (0.97, 1.0)
-    lr: float = 6e-3
+    lr: float = 4e-3
     warmup: int = 20
     batch: int = 64
     smoothing: float = 0.0
@@ -59,7 +59,8 @@ class ModelRecipe:
     """One Llama-style model and the phases that train it.
 
     Two layers and 85,056 parameters at a vocabulary of 44. The short rotary base and the wide
-    initial weights are what makes chains learnable within seconds.
+    initial weights are what makes chains learnable within seconds; the short memory of Adam
+    (betas) then halves the time, and evens it out between seeds.
     """
 
     role: str
@@ -72,7 +73,7 @@ class ModelRecipe:
     mlp: int = 128
     rope_theta: float = 100.0
     initializer_range: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[float, float] = (0.8, 0.9)
     weight_decay: float = 0.01
     clip: float = 1.0
 
