@@ -11,7 +11,7 @@ from pathlib import Path
 
 import golden
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from opdsl import resources
@@ -282,6 +282,8 @@ def test_n_mistakes_give_n_reports(data):
     lines, wrong = ["opd 1", "method m {"], []
     for good, bads in LINES.items():
         bad = data.draw(st.sampled_from([None, *bads]))
+        if bad and " " not in bad and lines[-1].count("(") > lines[-1].count(")"):
+            bad = None  # a lone word inside open brackets may be an argument
         lines.append("  " + (bad or good))
         if bad:
             wrong.append(len(lines))
@@ -322,7 +324,7 @@ def test_formatting_refuses_a_broken_file():
 GAPS = st.sampled_from([" ", "  ", "\n", "\n\n\n", "\t", " # note\n", "\n  # a\n\n# b\n", "\r\n"])
 
 
-@FUZZ
+@settings(FUZZ, max_examples=60, phases=[Phase.generate])
 @given(st.sampled_from(TEXTS), st.randoms(use_true_random=False), st.data())
 def test_respaced_texts_have_the_same_tree_and_format(text, random, data):
     """White space and comments between any two tokens change neither tree nor idempotence."""

@@ -299,7 +299,8 @@ class Writer:
 
     def _where(self, n: Node) -> str:
         test, yes, no = self.args(n)
-        return f"where({test}, {yes}, {no}, like)"
+        kind = "torch.bool" if n.q.unit == "bool" else "like"
+        return f"where({test}, {yes}, {no}, {kind})"
 
     def _and(self, n: Node) -> str:
         a, c = self.args(n)

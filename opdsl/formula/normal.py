@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from opdsl.ir.derive import TAIL_FLOOR
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import Axis
 
@@ -221,6 +222,8 @@ class Normal:
         return constant(float(n.attr("value")))  # type: ignore[arg-type]
 
     def _input(self, n: Node, at: str) -> Poly | None:
+        if n.attr("name") == "rollout_logp":
+            return single(Atom("L", leaf("rollout"), "y"))
         return constant(1.0) if n.attr("name") == "one" else None
 
     def _logp(self, n: Node, at: str) -> Poly:
@@ -286,6 +289,8 @@ class Normal:
         return times(self.poly(n.args[0], at), self.poly(n.args[1], at))
 
     def _div(self, n: Node, at: str) -> Poly | None:
+        if is_mean(n) or is_softmax(n):
+            return None
         top, bottom = self.poly(n.args[0], at), self.poly(n.args[1], at)
         if top == bottom:
             return constant(1.0)
@@ -521,3 +526,28 @@ def _is_floor(n: Node) -> bool:
 def _guarded(test: Node, yes: Node, no: Node) -> bool:
     """`where(0 < x, x, 1)`: a denominator that may be an empty sum."""
     return test.op == "lt" and test.args[0].is_const(0) and test.args[1] is yes and no.is_const(1)
+
+
+# ---- means and softmaxes over rows ----------------------------------------------------------------
+
+ROWS = ("others_sum", "group_sum", "position_sum", "sum_b", "sum_t")
+
+
+def is_mean(n: Node) -> bool:
+    """x summed over rows or tokens, over the number of them (at least 1)."""
+    top, bottom = n.args
+    if bottom.op != "max" or not bottom.args[1].is_const(1) or top.op not in ROWS:
+        return False
+    count = bottom.args[0]
+    if count.op != top.op:
+        return False
+    return count.args[0].op == "input" and count.args[0].attr("name") == "one"
+
+
+def is_softmax(n: Node) -> bool:
+    """exp x over the sum of exp x of the group, x shifted by its maximum."""
+    top, bottom = n.args
+    if top.op != "exp" or bottom.op != "group_sum" or bottom.args[0] is not top:
+        return False
+    gap = top.args[0]
+    return gap.op == "sub" and any(x.op == "group_max" for x in nodes_below([gap.args[1]]))

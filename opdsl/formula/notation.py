@@ -335,7 +335,7 @@ def _l(m: Math) -> tuple[str, int]:
             sign = {"Σ": r"\sum"}.get(m.sign, rf"\mathrm{{{m.sign}}}")
             return rf"{sign}_{{{latex(m.under)}}} {latex(m.body, MUL)}", UNARY
         case Ind():
-            return rf"{'' if m.bare else r'{\mathbf{1}}'}\left[{latex(m.test)}\right]", ATOM
+            return ("" if m.bare else r"{\mathbf{1}}") + rf"\left[{latex(m.test)}\right]", ATOM
         case Rel():
             op = _WORDS.get(m.op, m.op)
             return f"{latex(m.left)} {op} {latex(m.right)}", ADD

@@ -248,11 +248,14 @@ class Evaluator:
         return x.gather(1, y[:, None]).squeeze(1)
 
     def _at_set(self, n: Node, x: object, s: tuple[Tensor, Tensor]) -> Tensor:
-        ids, _ = s
+        ids, valid = s
         if isinstance(x, SparseDist):
-            return _lookup(x, ids, self.batch.tokens_N).double()
-        assert isinstance(x, Tensor)
-        return x.gather(1, ids)
+            x = _lookup(x, ids, self.batch.tokens_N).double()
+        else:
+            assert isinstance(x, Tensor)
+            x = x.gather(1, ids)
+        # no entry that does not count may reach exp: 0 · inf is not 0 in a gradient
+        return torch.where(valid, x, torch.full_like(x, FLOOR))
 
     def _is_y(self, n: Node, s: object) -> Tensor:
         y = self.batch.tokens_N[:, None]

@@ -7,14 +7,13 @@ N taken over the whole optimizer batch (semantics §1), so a micro-batch is a su
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from opdsl.ir.derive import Cotangent, cotangents, tail_coefficients
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Builder, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
 from opdsl.meaning.spec import Spec, Term
-from opdsl.records import record
+from opdsl.records import record, replace
 
 EMPTY = 1e-12  # floor of a denominator that may be an empty sum of gates
 
@@ -78,6 +77,7 @@ def scale(b: Builder, aggregate: str, gate: Node) -> Node:
 
 def lift_token(b: Builder, x: Node) -> Node:
     """A value as one number per token."""
+    x = b.number(x)
     if x.q.axis >= Axis.TOK:
         return x
     return b.make("mul", (one(b, Axis.TOK), x), x.q.with_(axis=Axis.TOK))

@@ -193,6 +193,7 @@ def _fold(el: Elaborator, x: Node, rows: str, how: str, e: tree.Reduce) -> Node:
 
 def lift(el: Elaborator, x: Node, axis: Axis) -> Node:
     """A value with at least this axis (multiplied by ones when it varies less)."""
+    x = el.b.number(x)
     if x.q.axis >= axis:
         return x
     one = el.b.input("one", Quantity(axis, "real", 1, 1, Info.STATE))

@@ -233,7 +233,12 @@ class Builder:
         return self.make("add_bin", (x, set_), x.q.with_(info=max(x.q.info, set_.q.info)))
 
     # -- elementwise -------------------------------------------------------------------
+    def number(self, a: Node) -> Node:
+        """A condition in arithmetic counts as 1 or 0."""
+        return self.where(a, self.const(1.0), self.const(0.0)) if a.q.unit == "bool" else a
+
     def add(self, a: Node, b: Node) -> Node:
+        a, b = self.number(a), self.number(b)
         if a.is_const(0) and a.q.axis <= b.q.axis:
             return b
         if b.is_const(0) and b.q.axis <= a.q.axis:
@@ -248,6 +253,7 @@ class Builder:
         return self._elementwise("add", (a, b), join_units(a, b), low, high)
 
     def sub(self, a: Node, b: Node) -> Node:
+        a, b = self.number(a), self.number(b)
         if a is b:
             return self.const(0.0, "nats" if a.q.unit == "logprob" else a.q.unit)
         if b.is_const(0):
@@ -268,6 +274,7 @@ class Builder:
         return self._elementwise("sub", (a, b), unit, low, high)
 
     def mul(self, a: Node, b: Node) -> Node:
+        a, b = self.number(a), self.number(b)
         if a.op == "const" and b.op != "const":
             a, b = b, a  # constants last
         if b.is_const(0):
@@ -297,6 +304,7 @@ class Builder:
         return self._elementwise("mul", (a, b), product_unit(a, b), low, high)
 
     def div(self, a: Node, b: Node) -> Node:
+        a, b = self.number(a), self.number(b)
         if b.is_const(1):
             return a
         if a.is_const(0):
@@ -318,6 +326,7 @@ class Builder:
         return self._elementwise("div", (a, b), unit, low, high)
 
     def neg(self, a: Node) -> Node:
+        a = self.number(a)
         if a.op == "neg":
             return a.args[0]
         if a.op == "const":
@@ -330,6 +339,7 @@ class Builder:
         return self._elementwise("neg", (a,), unit, -a.q.high, -a.q.low)
 
     def exp(self, a: Node) -> Node:
+        a = self.number(a)
         if a.op == "log":
             return a.args[0]
         if a.op == "const":
@@ -338,6 +348,7 @@ class Builder:
         return self._elementwise("exp", (a,), unit, qt.safe_exp(a.q.low), qt.safe_exp(a.q.high))
 
     def log(self, a: Node) -> Node:
+        a = self.number(a)
         if a.op == "exp":
             return a.args[0]
         if a.op == "const" and a.value > 0:
@@ -348,6 +359,7 @@ class Builder:
         return self._elementwise("log", (a,), unit, qt.safe_log(a.q.low), qt.safe_log(a.q.high))
 
     def pow(self, a: Node, b: Node) -> Node:
+        a, b = self.number(a), self.number(b)
         if b.is_const(1):
             return a
         if b.is_const(0):
@@ -381,6 +393,7 @@ class Builder:
     def _pair(
         self, op: str, a: Node, b: Node, low: float, high: float, fold: Callable[..., float]
     ) -> Node:
+        a, b = self.number(a), self.number(b)
         if a is b:
             return a
         if a.op == b.op == "const":
@@ -390,6 +403,7 @@ class Builder:
         return self._elementwise(op, (a, b), join_units(a, b), low, high)
 
     def abs(self, a: Node) -> Node:
+        a = self.number(a)
         if a.q.low >= 0:
             return a
         low = 0.0 if a.q.low <= 0 <= a.q.high else min(abs(a.q.low), abs(a.q.high))
@@ -397,9 +411,11 @@ class Builder:
         return self._elementwise("abs", (a,), unit, low, max(abs(a.q.low), abs(a.q.high)))
 
     def tanh(self, a: Node) -> Node:
+        a = self.number(a)
         return self._elementwise("tanh", (a,), "real", -1.0, 1.0)
 
     def sigmoid(self, a: Node) -> Node:
+        a = self.number(a)
         return self._elementwise("sigmoid", (a,), "real", 0.0, 1.0)
 
     def logaddexp(self, a: Node, b: Node) -> Node:
@@ -468,6 +484,7 @@ class Builder:
 
     # -- reductions --------------------------------------------------------------------
     def sum_v(self, x: Node, set_: Node) -> Node:
+        x = self.number(x)
         if x.is_const(0):
             return x
         if x.op == "neg":
@@ -483,6 +500,7 @@ class Builder:
         return self.make("sum_v", (x, set_), q)
 
     def max_v(self, x: Node, set_: Node) -> Node:
+        x = self.number(x)
         q = qt.join(x.q, set_.q).with_(
             axis=Axis.TOK, unit=x.q.unit, low=x.q.low, high=x.q.high, live=x.q.live
         )
@@ -497,6 +515,7 @@ class Builder:
     # -- coupling ----------------------------------------------------------------------
     def couple(self, op: str, x: Node, axis: Axis, info: Info, **attrs: object) -> Node:
         """One of the coupling operations on a token or sequence value."""
+        x = self.number(x)
         summing = op.endswith("sum") or op in ("sum_t", "sum_b")
         low, high = x.q.low, x.q.high
         if summing:
@@ -505,6 +524,7 @@ class Builder:
         return self.make(op, (x,), q, **attrs)
 
     def shift(self, x: Node, n: int) -> Node:
+        x = self.number(x)
         if n == 0 or x.q.axis < Axis.TOK:
             return x
         q = x.q.with_(
@@ -516,6 +536,7 @@ class Builder:
 
     def scan(self, a: Node, b: Node) -> Node:
         """G[t] = a[t] + b[t] G[t+1]."""
+        a, b = self.number(a), self.number(b)
         if b.is_const(0):
             return a
         low = 0.0 if a.q.low >= 0 and b.q.low >= 0 else -qt.INF
@@ -541,7 +562,9 @@ def join_units(a: Node, b: Node) -> str:
     x, y = a.q.unit, b.q.unit
     if x == y:
         return x
-    if x in NEUTRAL:
+    if x == "bool":  # beside a number a condition is a number
+        return y
+    if x in NEUTRAL and y != "bool":
         return y
     if y in NEUTRAL:
         return x

@@ -11,9 +11,10 @@ from opdsl.meaning import sources
 from opdsl.meaning import values as vl
 from opdsl.meaning.arguments import in_domain
 from opdsl.meaning.builtins import named, word
+from opdsl.meaning.flatten import Flat, Flattener, Scoped
 from opdsl.meaning.graph import static_value
 from opdsl.meaning.infer import Context, Elaborator, Env, Stop, Thunk
-from opdsl.meaning.names import Flat, Flattener, Scope, Scoped, closest
+from opdsl.meaning.names import Scope, closest
 from opdsl.meaning.node import Builder, compatible_units
 from opdsl.meaning.quantity import Axis, Info, Quantity
 from opdsl.meaning.spec import (

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from opdsl.diagnostics import Label
 from opdsl.meaning import values as vl
 from opdsl.meaning.credit import credited, shaped
+from opdsl.meaning.flatten import Scoped
 from opdsl.meaning.graph import dists_below, nodes_below
 from opdsl.meaning.infer import Elaborator, Env, Stop
-from opdsl.meaning.names import Scoped
 from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import Axis
 from opdsl.meaning.routing import route, score

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from opdsl.codes import make
 from opdsl.diagnostics import Label
 from opdsl.meaning import sources
+from opdsl.meaning.flatten import Scoped
 from opdsl.meaning.infer import Env, Stop
-from opdsl.meaning.names import Scoped, closest
+from opdsl.meaning.names import closest
 from opdsl.meaning.spec import StateSource, Term
 from opdsl.meaning.values import Domain
 from opdsl.syntax import tree

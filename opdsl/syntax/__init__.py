@@ -41,7 +41,7 @@ def parse(source: Source) -> tuple[tree.File | None, tuple[Diagnostic, ...]]:
     found = _before_parsing(source, out)
     root = None
     work = 0
-    starts = recover.starts(out)
+    starts: frozenset[int] = recover.starts(out) if found else frozenset()
     while len(found) < MAX_REPORTS and work <= _MAX_WORK:
         kept = recover.surviving(out, _HOLE)
         work += len(kept) + 1
@@ -49,6 +49,10 @@ def parse(source: Source) -> tuple[tree.File | None, tuple[Diagnostic, ...]]:
         if isinstance(result, lalr.Node):
             root = result
             break
+        if not starts:  # of a broken text, the outline knows better where statements begin
+            starts = recover.starts(out)
+            again = lalr.run(tables(), kept, starts)
+            result = again if isinstance(again, lalr.Failure) else result
         if result.deep and result.token is not None:
             found.append(messages.too_deep(Span(source, result.token.start, result.token.end)))
             break

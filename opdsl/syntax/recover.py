@@ -166,7 +166,7 @@ class _Walker:
         after = self.peek(i + 1)
         named = frame.body in ("block", "def") and after is not None and after.text == "="
         if prev.is_operand_end and prev.text not in JOINERS:
-            return token.first or named or (text in words and self.leads(i))
+            return token.first or named or text in words
         return keyworded or (named and token.first)
 
     # ---- doing ---------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class _Walker:
     def word(self, i: int, token: Token) -> None:
         in_body = bool(self.top.body)
         if not in_body:
-            if not (token.first and self.leads(i)):
+            if token.text in JOINERS or not (token.first and self.leads(i)):
                 return
             if not self.like_keyword(token.text, _STATEMENT_WORDS):
                 return

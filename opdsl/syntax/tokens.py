@@ -80,7 +80,8 @@ class Token:
     @property
     def is_operand_end(self) -> bool:
         """Whether an expression may end with this token."""
-        return self.kind in ("word", "number", "string") or self.text in (")", "]", "}")
+        literal = self.reason in ("number", "huge", "unterminated", "quote")
+        return literal or self.kind in ("word", "number", "string") or self.text in (")", "]", "}")
 
     @property
     def is_operand_start(self) -> bool:

@@ -1,0 +1,96 @@
+"""The coefficient field of a term, c_t(v) = −∂L/∂log π_θ(v), from the derivatives of the IR.
+
+The logit gradient is ∂L/∂z = (Σ_v c) π − c. On the whole vocabulary a multiple of π_θ(v) that is
+the same for every v changes nothing, so it is not printed (theory §3.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdsl.formula.naming import Names
+from opdsl.formula.normal import Atom, Poly, plus, scaled, single, times
+from opdsl.formula.notation import Call, Math, Rel, Sym
+from opdsl.formula.recognise import recognised, unmixed
+from opdsl.ir.derive import Cotangent, cotangents
+from opdsl.ir.program import expand_tails
+from opdsl.meaning.node import Node
+from opdsl.meaning.spec import Term
+
+STEP = "∂L/∂z = (Σ_v c) π_θ − c"
+STEP_LATEX = r"\frac{\partial L}{\partial z} = \left(\sum_v c\right) \pi_\theta - c"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """c of one term for one temperature of the student. left: `c_t` or `c_t(v)`."""
+
+    term: str
+    left: Math
+    right: Math
+    place: Math | None  # where it acts, if not everywhere
+    shifted: bool  # a state constant times π_θ(v) was left out
+    temperature: float = 1.0
+
+
+def fields(names: Names, term: Term) -> list[Field]:
+    """The coefficient fields of a term, one for each temperature the student is read at."""
+    b = names.spec.builder
+    loss = term.loss
+    if term.gate.q.live or term.weight.q.live:
+        loss = b.mul(b.mul(term.weight, term.gate), loss)
+    return [_field(names, term, c) for c in cotangents(b, expand_tails(b, loss))]
+
+
+def _field(names: Names, term: Term, c: Cotangent) -> Field:
+    normal = names.printer.normal
+    parts: list[tuple[Node | None, Poly]] = []
+    if c.dense is not None:
+        parts.append((None, unmixed(normal.poly(c.dense, "v"))))
+    parts += [(s, unmixed(normal.poly(x, "v"))) for s, x in c.at_sets]
+    own = Atom("P", ("leaf", c.leaf.attr("dist"), c.leaf.attr("temperature"), False), "v")
+    shifted = False
+    if c.dense is not None:
+        kept = {m: k for m, k in parts[0][1].items() if _entry(m) != frozenset({(own, 1.0)})}
+        shifted = len(kept) < len(parts[0][1])
+        parts[0] = None, kept
+    parts = [(s, p) for s, p in parts if p]
+    vector = all(_simple(m) for _, p in parts for m in p)
+    if vector:
+        parts = [(s, _unindexed(p)) for s, p in parts]
+    total: Poly = {}
+    place: Math | None = None
+    if c.at_y is not None:
+        unit = single(Atom("e", "y")) if vector else single(Atom("ind", "y", "v"))
+        total = plus(total, times(normal.poly(c.at_y), unit), -1.0)
+    for s, p in parts:
+        if s is not None and not vector:
+            if len(parts) == 1 and c.at_y is None:
+                mark = names.symbols.set(s)
+                place = Rel("∈", Sym("v", "v"), mark) if mark is not None else None
+            else:
+                p = times(p, single(Atom("in", normal.set_id(s), "v")))
+        total = plus(total, scaled(p, -1.0))
+    left: Math = Sym("c_t", "c_t")
+    if not vector:
+        left = Call(left, (Sym("v", "v"),))
+    right = names.printer.poly(recognised(total))
+    return Field(term.name, left, right, place, shifted, c.temperature)
+
+
+def _entry(m: frozenset) -> frozenset:
+    return frozenset((x, p) for x, p in m if x.varies)
+
+
+def _simple(m: frozenset) -> bool:
+    """Whether an entry's part is one letter (ρ_t) or nothing (1/V)."""
+    entry = _entry(m)
+    return not entry or (len(entry) == 1 and all(x.kind == "named" for x, _ in entry))
+
+
+def _unindexed(a: Poly) -> Poly:
+    """ρ_t(v) as the vector ρ_t."""
+    return {
+        frozenset((Atom(x.kind, x.key, "") if x.kind == "named" else x, p) for x, p in m): c
+        for m, c in a.items()
+    }

@@ -1,0 +1,432 @@
+"""From node graphs to mathematics: normal form, recognised structure, then a readable layout.
+
+`Printer.expr` is the entrance. What the algebra cannot see through (min, scans, group means …) is
+written operation by operation.
+"""
+
+from __future__ import annotations
+
+from opdsl.formula.factor import Layout
+from opdsl.formula.normal import (
+    Atom,
+    Dist,
+    Normal,
+    Poly,
+    is_mean,
+    is_softmax,
+    leaf,
+    only_dist,
+)
+from opdsl.formula.notation import (
+    ONE,
+    ZERO,
+    Add,
+    Big,
+    Call,
+    Fn,
+    Frac,
+    Ind,
+    Join,
+    Math,
+    Num,
+    Pow,
+    Rel,
+    Sym,
+    Text,
+    Wrap,
+    add,
+    mul,
+    unicode,
+    words,
+)
+from opdsl.formula.recognise import Divergence, differences, recognised, unmixed
+from opdsl.formula.symbols import Named, Symbols
+from opdsl.meaning.graph import nodes_below, static_value
+from opdsl.meaning.node import SET_OPS, Node
+
+_OVER = {
+    "others_sum": "j ≠ i", "group_sum": "j ∈ group", "group_max": "j ∈ group",
+    "position_sum": "same position", "sum_b": "batch", "max_b": "batch", "sum_t": "k",
+}  # fmt: skip
+_HEADS = {"KL": "KL", "H": "H", "cross": "CE", "TV": "TV", "chi2": "χ²", "hellinger": "Hel²", "JSD": "JSD"}
+_FLIP = {"<": ">", "≤": "≥", ">": "<", "≥": "≤", "=": "=", "≠": "≠"}
+_NOT = {"<": "≥", "≤": ">", ">": "≤", "≥": "<", "=": "≠", "≠": "="}
+
+
+class Printer:
+    """Writes nodes with the letters of `symbols`; `normal` knows which nodes have a name."""
+
+    def __init__(self, normal: Normal, symbols: Symbols):
+        self.normal, self.symbols = normal, symbols
+        self.time, self.row = "t", ""
+        self.divergences: dict[tuple, Divergence] = {}
+        self.ratios: dict[tuple, tuple[Dist, Dist]] = {}
+        self.layout = Layout(self)
+
+    # -- entrances -----------------------------------------------------------------------------
+    def expr(self, n: Node, at: str = "v") -> Math:
+        return self.poly(self.normal.poly(n, at))
+
+    def poly(self, a: Poly) -> Math:
+        return self.layout(differences(_means(self._windows(unmixed(recognised(a))))))
+
+    def moved(self, n: Node, time: str | None = None, row: str | None = None) -> Math:
+        """The value of a node at another time or of another rollout."""
+        old = self.time, self.row
+        self.time, self.row = time or self.time, self.row if row is None else row
+        try:
+            return self.expr(n)
+        finally:
+            self.time, self.row = old
+
+    # -- atoms -----------------------------------------------------------------------------------
+    def atom(self, x: Atom) -> Math:
+        match x.kind:
+            case "P":
+                return Call(self.symbols.dist(x.key), (self.index(x.at),))  # type: ignore[arg-type]
+            case "L":
+                return Fn("log", Call(self.symbols.dist(x.key), (self.index(x.at),)))  # type: ignore[arg-type]
+            case "diff":
+                return self.difference(x, True)
+            case "named":
+                return self.named(x)
+            case "node":
+                return self.node(self.normal.nodes[x.key], x.at or "v")  # type: ignore[index]
+            case "sum":
+                sid, inner = x.key  # type: ignore[misc]
+                return self.total(sid, {inner: 1.0})
+            case "mean":
+                sid, inner = x.key  # type: ignore[misc]
+                return self.total(sid, {inner: 1.0}, "mean")
+            case "count":
+                s = self.symbols.set(self.normal.sets[x.key])  # type: ignore[index]
+                return Sym("V", "V") if s is None else Wrap("abs", s)
+            case "exp":
+                return self._exponential(dict(x.key))  # type: ignore[call-overload]
+            case "abs":
+                return Wrap("abs", self.poly(dict(x.key)))  # type: ignore[call-overload]
+            case "group":
+                return self.poly(dict(x.key))  # type: ignore[call-overload]
+            case "log":
+                return Fn("log", self.poly(dict(x.key)))  # type: ignore[call-overload]
+            case "div":
+                return self.divergence(x.key)  # type: ignore[arg-type]
+            case "window":
+                key, n = x.key  # type: ignore[misc]
+                scan = self.normal.nodes[key]
+                last = f"t+{n - 1}" if n > 2 else "t+1"
+                return Big("Σ", Text(f"k = t … {last}"), self.moved(scan.args[0], "k"))
+            case "e":
+                return Sym("e_{y_t}", "e_{y_t}")
+            case "ind" | "in":
+                return Ind(self.literal(x, True))
+        raise TypeError(x.kind)
+
+    def index(self, at: str) -> Math:
+        if at == "y":
+            t = self.time if len(self.time) == 1 else "{" + self.time + "}"
+            row = f"^{self.row}" if self.row else ""
+            up = f"^{{{self.row}}}" if self.row else ""
+            return Sym(f"y_{t}{row}", f"y_{{{self.time}}}{up}")
+        return Sym("rest", r"\mathrm{rest}") if at == "rest" else Sym("v", "v")
+
+    def named(self, x: Atom) -> Math:
+        assert isinstance(x.key, Named)
+        s = x.key.at(self.time, self.row)
+        return Call(s, (self.index(x.at),)) if x.at else s
+
+    def difference(self, x: Atom, product: bool) -> Math:
+        """ℓ_t(v), or the logarithm of a ratio."""
+        a, b = x.key  # type: ignore[misc]
+        hat = a[0] == b[0] == "renorm" or a[0] == b[0] == "bin"
+        left, right = (a[1], b[1]) if hat else (a, b)
+        own = left == leaf("student") and self.symbols.teacher is not None
+        if own and right == leaf(self.symbols.teacher) and not self.symbols.plain:  # type: ignore[arg-type]
+            self.ratios[a, b] = (a, b)
+            mark = "\u0302" if a[0] == "renorm" else ""
+            letter = Named(f"ℓ{mark}", r"\hat{\ell}" if mark else r"\ell").at(self.time, self.row)
+            return letter if x.at == "y" else Call(letter, (self.index(x.at),))
+        top, bottom = (Call(self.symbols.dist(d), (self.index(x.at),)) for d in (a, b))
+        if product:
+            return Fn("log", Frac(top, bottom))
+        return Add(((True, Fn("log", top)), (False, Fn("log", bottom))))
+
+    def divergence(self, d: Divergence) -> Math:
+        s = self.symbols.set(self.normal.sets[d.set])
+        p = self.symbols.dist(d.p)
+        q = self.symbols.dist(d.q) if d.q is not None else None
+        key = (d.kind, d.set, d.detached, d.p[0] == "renorm", d.weight is not None)
+        self.divergences.setdefault(key, d)
+        if d.kind == "L2":
+            gap = Sym(f"‖{p.u} − {q.u}‖", rf"\Vert {p.l} - {q.l} \Vert")  # type: ignore[union-attr]
+            under = Sym(f"{gap.u}_{s.u}", f"{gap.l}_{{{s.l}}}") if s else gap
+            return Pow(under, Num(2))
+        head = _HEADS[d.kind]
+        marks_u = [s.u] if s else []
+        marks_l = [s.l] if s else []
+        if d.weight is not None:
+            weight = self.poly(dict(d.weight))
+            marks_u.insert(0, unicode(weight))
+            from opdsl.formula.notation import latex
+
+            marks_l.insert(0, latex(weight))
+        up_u, up_l = ("ˢᵍ", r"^{\mathrm{sg}}") if d.detached else ("", "")
+        tex = {"χ²": r"\chi^2", "Hel²": r"\mathrm{Hel}^2"}.get(head, rf"\mathrm{{{head}}}")
+        name = Sym(
+            head + up_u + (f"_{','.join(marks_u)}" if marks_u else ""),
+            tex + up_l + (f"_{{{','.join(marks_l)}}}" if marks_l else ""),
+        )
+        if q is None:
+            return Call(name, (p,))
+        return Call(name, (p, q), " ‖ " if d.kind in ("KL", "chi2", "JSD") else ", ")
+
+    def _exponential(self, a: Poly) -> Math:
+        if len(a) == 1:
+            ((m, c),) = a.items()
+            logs = [x for x, p in m if x.kind == "L" and p == 1]
+            if len(logs) == 1 and not any(x.varies for x, _ in m if x is not logs[0]):
+                rest = {m - {(logs[0], 1.0)}: c}
+                return Pow(self.atom(Atom("P", logs[0].key, logs[0].at)), self.poly(rest))
+        return Call(Sym("exp", r"\exp"), (self.poly(a),))
+
+    def total(self, sid: int, body: Poly, sign: str = "Σ") -> Math:
+        """Σ over a set; conditions shared by every summand move under the sign."""
+        s = self.symbols.set(self.normal.sets[sid])
+        shared = None
+        for m in body:
+            own = {x for x, _ in m if x.kind in ("ind", "in")}
+            shared = own if shared is None else shared & own
+        tests = sorted(shared or (), key=lambda x: x.order)
+        inner = {frozenset((x, p) for x, p in m if x not in tests): c for m, c in body.items()}
+        under: Math = Sym("v", "v") if s is None else Rel("∈", Sym("v", "v"), s)
+        if tests:
+            under = Join(",", (under, *(self.literal(x, True) for x in tests)))
+        return Big(sign, under, self.layout(differences(inner)))
+
+    # -- conditions --------------------------------------------------------------------------------
+    def literal(self, x: Atom, positive: bool) -> Math:
+        """The condition of an indicator atom, or its opposite."""
+        if isinstance(x.key, Named):
+            if x.key.style == "some":
+                s = x.key.at(self.time)
+                return Rel("≠" if positive else "=", s, Sym("∅", r"\emptyset"))
+            return self.named(x)
+        if x.kind == "in":
+            s = self.symbols.set(self.normal.sets[x.key])  # type: ignore[index]
+            inside = Rel("∈" if positive else "∉", self.index(x.at), s or Sym("V", "V"))
+            return inside
+        if x.key == "y":
+            return Rel("=" if positive else "≠", self.index(x.at), self.index("y"))
+        return self.condition(self.normal.nodes[x.key], x.at or "v", positive)  # type: ignore[index]
+
+    def condition(self, n: Node, at: str = "v", positive: bool = True) -> Math:
+        """A test in words of mathematics."""
+        if n.id in self.normal.names:
+            sign, atom = self.normal.names[n.id]
+            return self.literal(Atom(atom.kind, atom.key, at if atom.at else ""), positive)
+        match n.op:
+            case "not":
+                return self.condition(n.args[0], at, not positive)
+            case "and" | "or":
+                items = tuple(self._flat(n, n.op, at, positive))
+                return Join(n.op if positive else {"and": "or", "or": "and"}[n.op], items)
+            case "lt" | "le" | "eq":
+                return self._compared(n, at, positive)
+            case "is_y":
+                return self.literal(Atom("ind", "y", at), positive)
+            case "in_set":
+                return self.literal(Atom("in", self.normal.set_id(n.args[0]), at), positive)
+            case "input" if n.attr("name") == "special":
+                return Sym("y_t special" if positive else "y_t not special",
+                           r"y_t\ \mathrm{special}" if positive else r"y_t\ \mathrm{not\ special}")  # fmt: skip
+            case "input" if n.attr("name") == "field":
+                return Rel("=" if positive else "≠", Text(f"x.{n.attr('field')}"), Text(f"{n.attr('equals')}"))
+            case "const":
+                return Text("always" if bool(n.value) == positive else "never")
+        inner = self.expr(n, at)
+        return inner if positive else Rel("=", inner, ZERO)
+
+    def _flat(self, n: Node, op: str, at: str, positive: bool) -> list[Math]:
+        if n.op == op and n.id not in self.normal.names:
+            return [m for a in n.args for m in self._flat(a, op, at, positive)]
+        return [self.condition(n, at, positive)]
+
+    def _compared(self, n: Node, at: str, positive: bool) -> Math:
+        op = {"lt": "<", "le": "≤", "eq": "="}[n.op]
+        a, b = n.args
+        if static_value(a) is not None or (_reads_teacher(b) and not _reads_teacher(a)):
+            a, b, op = b, a, _FLIP[op]
+        op = op if positive else _NOT[op]
+        return Rel(op, self.expr(a, at), self.expr(b, at))
+
+    # -- operations the algebra does not see through ---------------------------------------------------
+    def node(self, n: Node, at: str = "v") -> Math:
+        match n.op:
+            case "param":
+                return self.symbols.param(str(n.attr("name")))
+            case "schedule":
+                self.symbols.used["schedule", n.id] = n
+                return Sym("η", r"\eta", True)
+            case "input":
+                return self._input(n)
+            case "add" | "sub":
+                a, b = (self.expr(x, at) for x in n.args)
+                return add([(True, a), (n.op == "add", b)])
+            case "min" | "max":
+                return self._extreme(n, at)
+            case "tanh" | "sigmoid":
+                return Call(Sym(n.op, words(n.op)), (self.expr(n.args[0], at),))
+            case "abs":
+                return Wrap("abs", self.expr(n.args[0], at))
+            case "log":
+                return Fn("log", self.expr(n.args[0], at))
+            case "exp":
+                return Call(Sym("exp", r"\exp"), (self.expr(n.args[0], at),))
+            case "pow":
+                return Pow(self.expr(n.args[0], at), self.expr(n.args[1], at))
+            case "mul":
+                return mul([self.expr(a, at) for a in n.args])
+            case "div":
+                return self._divided(n, at)
+            case "scan":
+                return self._scan(n, "k ≥ t")
+            case "shift":
+                return self._shift(n)
+            case "max_v" | "lse_v":
+                s = self.symbols.set(n.args[1])
+                under = Rel("∈", Sym("v", "v"), s) if s else Sym("v", "v")
+                if n.op == "lse_v":
+                    mass = Big("Σ", under, Call(Sym("exp", r"\exp"), (self.expr(n.args[0], "v"),)))
+                    dist = only_dist(self.normal.poly(n.args[0], "v"))
+                    if dist is not None:
+                        mass = Big("Σ", under, self.atom(Atom("P", dist, "v")))
+                    return Fn("log", mass)
+                return Big("max", under, self.expr(n.args[0], "v"))
+            case "quantile_b":
+                return Call(Sym(f"quantile_{n.attr('share'):g}", words(f"quantile {n.attr('share'):g}")),
+                            (self.expr(n.args[0]),))  # fmt: skip
+            case "group_max" | "max_b":
+                return Big("max", Text(_OVER[n.op]), self.moved(n.args[0], row="j"))
+            case "sum_t":
+                return Big("Σ", Sym("k", "k"), self.moved(n.args[0], "k"))
+            case "group_sum" | "others_sum" | "position_sum" | "sum_b":
+                return Big("Σ", Text(_OVER[n.op]), self.moved(n.args[0], row="j"))
+            case "score_tail":
+                self.symbols.used["score_tail", n.id] = n
+                return Sym("τ_t(y_t)", r"\tau_t(y_t)")
+            case "where":
+                test, yes, no = n.args
+                on, off = Ind(self.condition(test, at)), Ind(self.condition(test, at, False))
+                return add([(True, mul([on, self.expr(yes, at)])), (True, mul([off, self.expr(no, at)]))])
+        return Call(Sym(n.op, words(n.op)), tuple(self.expr(a, at) for a in n.args))
+
+    def _input(self, n: Node) -> Math:
+        row = f"^{self.row}" if self.row else ""
+        match n.attr("name"):
+            case "outcome":
+                return Sym(f"R{row}", f"R{row}")
+            case "length":
+                return Sym(f"|y{row}|", rf"|y{row}|")
+            case "position":
+                return Sym("pos_t", r"\mathrm{pos}_t")
+            case "step":
+                return Sym("step", r"\mathrm{step}")
+            case "values":
+                name = str(n.attr("critic")).split(".")[-1]
+                t = self.time if len(self.time) == 1 else "{" + self.time + "}"
+                return Call(Sym(name, name if len(name) == 1 else words(name)),
+                            (Sym(f"s_{t}", f"s_{{{self.time}}}"),))  # fmt: skip
+            case "special" | "field":
+                return Ind(self.condition(n))
+            case "variable":
+                named = Named(str(n.attr("of")), words(str(n.attr("of"))) if len(str(n.attr("of"))) > 1 else str(n.attr("of")))
+                return named.at(self.time, self.row)
+        return Sym(str(n.attr("name")), words(str(n.attr("name"))))
+
+    def _extreme(self, n: Node, at: str) -> Math:
+        a, b = n.args
+        if n.op == "min" and a.op == "max" and b.value is not None and a.args[1].value is not None:
+            args = (self.expr(a.args[0], at), self.expr(a.args[1]), self.expr(b))
+            return Call(Sym("clip", r"\mathrm{clip}"), args)
+        if n.op == "max" and (a.is_const(0) or b.is_const(0)):
+            return Wrap("positive", self.expr(b if a.is_const(0) else a, at))
+        return Call(Sym(n.op, rf"\{n.op}"), (self.expr(a, at), self.expr(b, at)))
+
+    def _divided(self, n: Node, at: str) -> Math:
+        top, bottom = n.args
+        if is_mean(n):
+            if top.op == "sum_t":
+                return Big("mean", Sym("k", "k"), self.moved(top.args[0], "k"))
+            return Big("mean", Text(_OVER[top.op]), self.moved(top.args[0], row="j"))
+        if is_softmax(n):
+            return Big("softmax", Text("group"), self.expr(top.args[0].args[0]))
+        return Frac(self.expr(top, at), self.expr(bottom, at))
+
+    def _scan(self, n: Node, under: str) -> Math:
+        a, rate = n.args
+        known = static_value(rate)
+        if known == 1:
+            weight: Math = ONE
+        elif known is None:
+            return Call(Sym("scan", words("scan")), (self.expr(a), self.expr(rate)))
+        else:
+            power = "k−t" if under == "k ≥ t" else "k−t−1"
+            base = self.expr(rate)
+            weight = Pow(base, Sym(power, power.replace("−", "-")))
+        sign = Rel("≥", Sym("k", "k"), Sym("t", "t")) if under == "k ≥ t" else Rel(">", Sym("k", "k"), Sym("t", "t"))
+        return Big("Σ", sign, mul([weight, self.moved(a, "k")]))
+
+    def _shift(self, n: Node) -> Math:
+        by = int(n.attr("n"))  # type: ignore[call-overload]
+        x = n.args[0]
+        if x.op == "scan" and by == 1 and x.id not in self.normal.names and self.time == "t":
+            return self._scan(x, "k > t")
+        return self.moved(x, f"{self.time}{'+' if by > 0 else '−'}{abs(by)}")
+
+    def _windows(self, a: Poly) -> Poly:
+        """Σ_{k≥t} − Σ_{k≥t+n} is a sum of n terms."""
+        out = dict(a)
+        for m, c in a.items():
+            for x, p in m:
+                if x.kind != "node" or p != 1:
+                    continue
+                n = self.normal.nodes[x.key]  # type: ignore[index]
+                if n.op != "shift" or n.args[0].op != "scan" or static_value(n.args[0].args[1]) != 1:
+                    continue
+                scan = self.normal.opaque(n.args[0], "v")
+                ((sm, _),) = scan.items()
+                partner = (m - {(x, p)}) | sm
+                if abs(out.get(partner, 0.0) + c) < 1e-12 and m in out:
+                    out.pop(partner)
+                    out.pop(m)
+                    window = Atom("window", (n.args[0].id, int(n.attr("n"))))  # type: ignore[call-overload]
+                    out[(m - {(x, p)}) | {(window, 1.0)}] = -c
+        return out
+
+
+def _means(a: Poly) -> Poly:
+    """Σ over a set, over its size."""
+    out: Poly = {}
+    for m, c in a.items():
+        powers = dict(m)
+        for x in list(powers):
+            size = Atom("count", x.key[0]) if x.kind == "sum" else None  # type: ignore[index]
+            if size is not None and powers.get(size) == -1 and powers[x] == 1:
+                del powers[size], powers[x]
+                powers[Atom("mean", x.key)] = 1.0
+                break
+        out[frozenset(powers.items())] = c
+    return out
+
+
+def _reads_teacher(n: Node) -> bool:
+    """Whether a teacher's probability is part of the value (not only of the choice of a set)."""
+    stack, seen = [n], set()
+    while stack:
+        x = stack.pop()
+        if x.op == "logp" and x.attr("dist") not in ("student", "initial"):
+            return True
+        if x.id not in seen and x.op not in SET_OPS:
+            seen.add(x.id)
+            stack += x.args
+    return False
