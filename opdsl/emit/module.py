@@ -154,7 +154,6 @@ class Writer:
             "add": "{0} + {1}",
             "sub": "{0} - {1}",
             "mul": "{0} * {1}",
-            "div": "{0} / {1}",
             "neg": "-{0}",
             "lt": "{0} < {1}",
             "le": "{0} <= {1}",
@@ -278,6 +277,11 @@ class Writer:
         return f"{self.names[n.args[0].id]}[:, -1]"
 
     # arithmetic with numbers and tensors
+    def _div(self, n: Node) -> str:
+        a, c = self.args(n)
+        touches_zero = n.args[1].q.low <= 0 <= n.args[1].q.high
+        return f"ratio({a}, {c})" if touches_zero else f"{a} / {c}"
+
     def _log(self, n: Node) -> str:
         return f"log({self.args(n)[0]})"
 
@@ -413,7 +417,7 @@ _ALLOWED = (
 )  # fmt: skip
 _ROOTS = frozenset(
     "torch d r b x y n v like abs float log where schedule member union intersection with_bin "
-    "add_bin entries put softmax_adjoint FLOOR TAIL_FLOOR None dz".split()
+    "add_bin entries put softmax_adjoint ratio FLOOR TAIL_FLOOR None dz".split()
 )
 
 

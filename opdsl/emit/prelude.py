@@ -178,6 +178,15 @@ def log(x):
     return torch.where(x > 0, torch.where(x > 0, x, 1.0).log(), FLOOR)
 
 
+def ratio(a, b):
+    """a / b with 0 / 0 = 0: an entry that neither side has (padding) weighs nothing."""
+    if not torch.is_tensor(a) and not torch.is_tensor(b):
+        return a / b if b else math.copysign(math.inf, a) if a else 0.0
+    if not torch.is_tensor(b):
+        b = torch.as_tensor(b, dtype=a.dtype, device=a.device)
+    return torch.where((a == 0) & (b == 0), 0.0, a / b)
+
+
 def schedule(kind, start, stop, over, step, total):
     """A number that moves with the step."""
     span = total if over is None else over

@@ -6,7 +6,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from opdsl.formula.normal import Atom, Mono, Poly, plus, scaled
-from opdsl.formula.notation import ONE, Add, Frac, Ind, Join, Math, Num, Pow, Sym, add, frac, mul
+from opdsl.formula.notation import ONE, Add, Frac, Ind, Join, Math, Num, Pow, Root, Sym, add, frac, mul
 from opdsl.formula.recognise import differences, expanded
 from opdsl.formula.symbols import Named
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _RANK = {
     "node": 2, "group": 4, "named": 3, "count": 4, "exp": 5, "P": 5, "abs": 6, "log": 6,
-    "diff": 7, "L": 7, "window": 8, "sum": 9, "mean": 9, "div": 8, "e": 10,
+    "diff": 7, "L": 7, "window": 8, "sum": 9, "mean": 9, "total": 9, "div": 8, "e": 10,
 }  # fmt: skip
 MAX_CONDITIONS = 6
 
@@ -83,10 +83,17 @@ class Layout:
             for x, bit in zip(xs, bits):
                 part = _set(part, x, float(bit))
             table[bits] = part
+        never = {
+            bits
+            for bits in table
+            for i, x in enumerate(xs)
+            for j, y in enumerate(xs)
+            if i < j and bits[i] and bits[j] and self.printer.normal.opposite(x, y)
+        }
         done: set[tuple[bool, ...]] = set()
         out: list[tuple[list[tuple[Atom, bool]], Poly]] = []
         for bits, part in table.items():
-            if bits in done or not part:
+            if bits in done or bits in never or not part:
                 continue
             best: tuple[bool | None, ...] = bits
             covered = {bits}
@@ -95,8 +102,8 @@ class Layout:
                 inside = {
                     c for c in table if all(want is None or want == have for want, have in zip(cube, c))
                 }
-                if len(inside) > len(covered) and not inside & done:
-                    if all(_same(table[c], part) for c in inside):
+                if len(inside) > len(covered) and not (inside & done) - never:
+                    if all(c in never or _same(table[c], part) for c in inside):
                         best, covered = cube, inside
             done |= covered
             out.append(([(x, b) for x, b in zip(xs, best) if b is not None], part))
@@ -178,7 +185,7 @@ class Layout:
                 x, sign = Atom("diff", (x.key[1], x.key[0]), x.at), True  # type: ignore[index]
             base = self.printer.atom(x)
             place = top if p > 0 else bottom
-            raised = base if abs(p) == 1 else Pow(base, Num(abs(p)))
+            raised = base if abs(p) == 1 else Root(base) if abs(p) == 0.5 else Pow(base, Num(abs(p)))
             place.append((_rank(x, self.printer), raised))
         above: list[Math] = [x for _, x in sorted(top, key=lambda t: t[0])]
         below = [x for _, x in sorted(bottom, key=lambda t: t[0])]

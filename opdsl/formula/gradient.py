@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from opdsl.formula.naming import Names
 from opdsl.formula.normal import Atom, Poly, plus, scaled, single, times
-from opdsl.formula.notation import Call, Math, Rel, Sym
+from opdsl.formula.notation import Call, Ind, Math, Rel, Sym, add, mul
 from opdsl.formula.recognise import recognised, unmixed
 from opdsl.ir.derive import Cotangent, cotangents
 from opdsl.ir.program import expand_tails
@@ -58,23 +58,30 @@ def _field(names: Names, term: Term, c: Cotangent) -> Field:
     vector = all(_simple(m) for _, p in parts for m in p)
     if vector:
         parts = [(s, _unindexed(p)) for s, p in parts]
-    total: Poly = {}
     place: Math | None = None
-    if c.at_y is not None:
-        unit = single(Atom("e", "y")) if vector else single(Atom("ind", "y", "v"))
-        total = plus(total, times(normal.poly(c.at_y), unit), -1.0)
-    for s, p in parts:
-        if s is not None and not vector:
-            if len(parts) == 1 and c.at_y is None:
-                mark = names.symbols.set(s)
-                place = Rel("∈", Sym("v", "v"), mark) if mark is not None else None
-            else:
-                p = times(p, single(Atom("in", normal.set_id(s), "v")))
-        total = plus(total, scaled(p, -1.0))
+    y = None if c.at_y is None else normal.poly(c.at_y)
+    if vector:
+        total = scaled(times(y, single(Atom("e", "y"))), -1.0) if y else {}
+        for _, p in parts:
+            total = plus(total, p, -1.0)
+        right = names.printer.poly(recognised(total))
+    else:
+        pieces: list[tuple[bool, Math]] = []
+        for s, p in parts:
+            value = names.printer.poly(recognised(scaled(p, -1.0)))
+            mark = names.symbols.set(s) if s is not None else None
+            inside = Rel("∈", Sym("v", "v"), mark) if mark is not None else None
+            if inside is not None and len(parts) == 1 and not y:
+                place = inside
+            pieces.append((True, value if place or inside is None else mul([Ind(inside), value])))
+        if y:
+            test = Ind(Rel("=", Sym("v", "v"), names.printer.index("y")))
+            value = names.printer.poly(scaled(y, -1.0))
+            pieces.append((True, mul([value, test])))
+        right = add(pieces)
     left: Math = Sym("c_t", "c_t")
     if not vector:
         left = Call(left, (Sym("v", "v"),))
-    right = names.printer.poly(recognised(total))
     return Field(term.name, left, right, place, shifted, c.temperature)
 
 

@@ -139,8 +139,9 @@ def frozen(a: Poly) -> frozenset:
     return frozenset(a.items())
 
 
-def ordered(a: Poly) -> list[tuple[Mono, float]]:
-    return list(a.items())
+def in_order(a: frozenset) -> Poly:
+    """A frozen polynomial with its monomials in an order that does not depend on hashing."""
+    return dict(sorted(a, key=lambda t: (t[1] < 0, _text(t[0]))))
 
 
 def atoms_of(a: Poly) -> list[Atom]:
@@ -294,7 +295,10 @@ class Normal:
         top, bottom = self.poly(n.args[0], at), self.poly(n.args[1], at)
         if top == bottom:
             return constant(1.0)
-        if len(bottom) == 1:
+        blend = mixture(bottom)
+        if blend is not None:
+            inverse = single(blend, -1.0)
+        elif len(bottom) == 1:
             inverse = power(bottom, -1.0)
         else:
             inverse = single(Atom("group", frozen(bottom), _level(bottom)), -1.0)
@@ -314,6 +318,9 @@ class Normal:
 
     def _log(self, n: Node, at: str) -> Poly | None:
         inner = self.poly(n.args[0], at)
+        blend = mixture(inner)
+        if blend is not None:
+            return single(Atom("L", blend.key, blend.at))
         if len(inner) != 1:
             static = n.q.axis is Axis.CONST and bool(inner)
             return single(Atom("log", frozen(inner))) if static else None
@@ -350,8 +357,7 @@ class Normal:
                 parts += [(frozen(times(dict(w), weight)), d) for w, d in dist[1]]
             else:
                 parts.append((frozen(weight), dist))
-        parts.sort(key=lambda p: _text(p[1]))
-        return single(Atom("L", ("mix", tuple(parts)), at))
+        return single(Atom("L", _mix(parts), at))
 
     def _sg(self, n: Node, at: str) -> Poly:
         return held(self.poly(n.args[0], at))
@@ -386,10 +392,33 @@ class Normal:
                 return constant(1.0) if at == "y" else single(Atom("ind", "y", at))
             case "in_set":
                 return single(Atom("in", self.set_id(n.args[0]), at))
-        if _is_real(n) or _is_floor(n):
+        if _is_real(n) or _is_floor(n) or self._is_positive(n, at):
             return constant(1.0)
+        if n.op == "lt" and n.args[1].is_const(0.5):  # a condition as a number, below a half
+            inner = self.poly(n.args[0], at)
+            if len(inner) == 1 and all(x.kind in ("ind", "in") for m in inner for x, _ in m):
+                return plus(constant(1.0), inner, -1.0)
         self.nodes[n.id] = n
         return single(Atom("ind", n.id, at if n.q.axis is Axis.VOCAB else ""))
+
+    def _is_positive(self, n: Node, at: str) -> bool:
+        """0 < a product of probabilities: true of every entry a softmax can give."""
+        if n.op != "lt" or not n.args[0].is_const(0):
+            return False
+        inner = self.poly(n.args[1], at)
+        return len(inner) == 1 and all(
+            c > 0 and m and all(x.kind in ("P", "exp") for x, _ in m) for m, c in inner.items()
+        )
+
+    def opposite(self, x: Atom, y: Atom) -> bool:
+        """Whether two conditions are a < b and b < a."""
+        if x.kind != "ind" or y.kind != "ind" or x.at != y.at:
+            return False
+        a, b = self.nodes.get(x.key), self.nodes.get(y.key)  # type: ignore[arg-type]
+        if a is None or b is None or a.op != "lt" or b.op not in ("lt", "le"):
+            return False
+        gaps = [plus(self.poly(n.args[1], x.at), self.poly(n.args[0], x.at), -1.0) for n in (a, b)]
+        return not plus(*gaps)
 
     def _condition(self, n: Node, at: str) -> Poly:
         return self.truth(n, at)
@@ -460,6 +489,29 @@ def _weighed(a: Poly, at: str) -> tuple[Poly, Dist] | None:
     if dist is None or any(x.kind != "log" for m in rest for x, _ in m):
         return None
     return exponential(rest), dist
+
+
+def _mix(parts: list[tuple[frozenset, Dist]]) -> Dist:
+    return ("mix", tuple(sorted(parts, key=lambda p: _text(p[1]))))
+
+
+def mixture(a: Poly) -> Atom | None:
+    """Σ w_i p_i with fixed weights, as one probability."""
+    if len(a) < 2:
+        return None
+    parts, places = [], set()
+    for m, c in a.items():
+        probs = [x for x, p in m if x.kind == "P" and p == 1]
+        weight = frozenset((x, p) for x, p in m if x.kind != "P")
+        if len(probs) != 1 or c <= 0 or len(m) - len(weight) != 1:
+            return None
+        if any(x.kind != "node" or x.at for x, _ in weight):
+            return None
+        places.add(probs[0].at)
+        parts.append((frozen({weight: c}), probs[0].key))
+    if len(places) != 1 or len({d for _, d in parts}) != len(parts):  # type: ignore[misc]
+        return None
+    return Atom("P", _mix(parts), places.pop())  # type: ignore[arg-type]
 
 
 def exponential(a: Poly) -> Poly:

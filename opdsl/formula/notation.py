@@ -54,6 +54,11 @@ class Pow(Math):
 
 
 @dataclass(frozen=True, slots=True)
+class Root(Math):
+    body: Math
+
+
+@dataclass(frozen=True, slots=True)
 class Call(Math):
     """`KL(p ‖ q)`, `min(a, b)`, `π_θ(v)`: a head and arguments in brackets."""
 
@@ -165,7 +170,8 @@ def frac(top: Math, bottom: Math) -> Math:
 
 # ---- numbers -------------------------------------------------------------------------------
 
-_HALVES = {0.5: ("½", 1, 2), 0.25: ("¼", 1, 4), 0.75: ("¾", 3, 4), 1 / 3: ("⅓", 1, 3)}
+_HALVES = {0.5: ("½", 1, 2), 0.25: ("¼", 1, 4), 0.75: ("¾", 3, 4), 1 / 3: ("⅓", 1, 3),
+           2 / 3: ("⅔", 2, 3), 1 / 6: ("⅙", 1, 6)}  # fmt: skip
 SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
@@ -218,8 +224,11 @@ def _u(m: Math) -> tuple[str, int]:
             if all(c in "0123456789−-" for c in power):
                 power = power.replace("−", "-").translate(SUPERSCRIPT)
                 return unicode(m.base, ATOM) + power, POW
-            power = power if isinstance(m.exponent, Sym) and len(power) == 1 else f"({power})"
+            bare = isinstance(m.exponent, Sym | Num) and (len(power) == 1 or "." in power)
+            power = power if bare else f"({power})"
             return f"{unicode(m.base, ATOM)}^{power}", POW
+        case Root():
+            return f"√{unicode(m.body, ATOM)}", ATOM
         case Call():
             sep = m.sep
             return m.head.u + "(" + sep.join(unicode(a) for a in m.args) + ")", ATOM
@@ -322,6 +331,8 @@ def _l(m: Math) -> tuple[str, int]:
             return rf"\frac{{{latex(m.top)}}}{{{latex(m.bottom)}}}", MUL
         case Pow():
             return f"{latex(m.base, ATOM)}^{{{latex(m.exponent)}}}", POW
+        case Root():
+            return rf"\sqrt{{{latex(m.body)}}}", ATOM
         case Call():
             sep = rf" \,{_WORDS['‖']}\, " if "‖" in m.sep else m.sep
             return rf"{m.head.l}\left({sep.join(latex(a) for a in m.args)}\right)", ATOM

@@ -12,6 +12,7 @@ from opdsl.formula.normal import (
     Dist,
     Normal,
     Poly,
+    in_order,
     is_mean,
     is_softmax,
     leaf,
@@ -95,6 +96,9 @@ class Printer:
             case "sum":
                 sid, inner = x.key  # type: ignore[misc]
                 return self.total(sid, {inner: 1.0})
+            case "total":
+                sid, body = x.key  # type: ignore[misc]
+                return self.total(sid, in_order(body))
             case "mean":
                 sid, inner = x.key  # type: ignore[misc]
                 return self.total(sid, {inner: 1.0}, "mean")
@@ -200,7 +204,8 @@ class Printer:
         inner = {frozenset((x, p) for x, p in m if x not in tests): c for m, c in body.items()}
         under: Math = Sym("v", "v") if s is None else Rel("∈", Sym("v", "v"), s)
         if tests:
-            under = Join(",", (under, *(self.literal(x, True) for x in tests)))
+            first, *more = (self.literal(x, True) for x in tests)
+            under = Join(",", (Rel(":", under, first), *more))
         return Big(sign, under, self.layout(differences(inner)))
 
     # -- conditions --------------------------------------------------------------------------------

@@ -46,9 +46,22 @@ def recognised(a: Poly) -> Poly:
             out = plus(out, {outer | {(Atom("div", div), 1.0)}: c})
         if extra:
             out = plus(out, {outer: extra})
-        for m, c in left.items():
-            out = plus(out, {outer | {(Atom("sum", (sid, m)), 1.0)}: c})
+        for body in _shared(left):
+            if len(body) == 1:
+                ((m, c),) = body.items()
+                out = plus(out, {outer | {(Atom("sum", (sid, m)), 1.0)}: c})
+            else:
+                out = plus(out, {outer | {(Atom("total", (sid, frozen(body))), 1.0)}: 1.0})
     return _symmetric(out)
+
+
+def _shared(a: Poly) -> list[Poly]:
+    """What is summed, by the conditions it is summed under."""
+    out: dict[Mono, Poly] = {}
+    for m, c in a.items():
+        tests = frozenset((x, p) for x, p in m if x.kind in ("ind", "in"))
+        out.setdefault(tests, {})[m] = c
+    return list(out.values())
 
 
 def _split(sid: int, body: Poly) -> tuple[list[tuple[Divergence, float]], Poly]:
@@ -103,12 +116,14 @@ def _distances(
             extra += _take(found, left, m, Divergence("chi2", sid, p.key, q.key), c,  # type: ignore[arg-type]
                            {_one(p): -2 * c, _one(q): c}, free + extra, -c)  # fmt: skip
         elif powers[a] == powers[b] == 0.5 and c < 0:
+            a, b = sorted((a, b), key=_student_last, reverse=True)
             extra += _take(found, left, m, Divergence("hellinger", sid, a.key, b.key), -c,  # type: ignore[arg-type]
                            {_one(a): -c / 2, _one(b): -c / 2}, free + extra, -c)  # fmt: skip
         elif powers[a] == powers[b] == 1 and c < 0:
             wanted = {frozenset({(a, 2.0)}): -c / 2, frozenset({(b, 2.0)}): -c / 2}
             if all(abs(left.get(k, 0.0) - v) < 1e-12 for k, v in wanted.items()):
                 _drop(left, [m, *wanted])
+                a, b = sorted((a, b), key=_student_last, reverse=True)
                 found.append((Divergence("L2", sid, a.key, b.key), -c / 2))  # type: ignore[arg-type]
     return found, left, extra
 
@@ -233,6 +248,7 @@ def unmixed(a: Poly) -> Poly:
 
 def differences(a: Poly) -> Poly:
     """Pairs L_a − L_b as one `diff` atom wherever that shortens the polynomial."""
+    a = _paired(a)
     logs = sorted({x for m in a for x, _ in m if x.kind == "L"}, key=lambda x: x.order)
     logs.sort(key=lambda x: "student" not in str(x.key))
     best = a
@@ -257,6 +273,30 @@ def differences(a: Poly) -> Poly:
             if out is not None and len(out) < len(best):
                 best = out
     return differences(best) if best is not a else a
+
+
+def _paired(a: Poly) -> Poly:
+    """k L_a − k L_b with the same factors beside them: k (L_a − L_b)."""
+    groups: dict[Mono, list[tuple[Atom, float]]] = {}
+    for m, c in a.items():
+        logs = [x for x, p in m if x.kind == "L" and p == 1]
+        if len(logs) == 1 and not any(x.kind == "L" and p != 1 for x, p in m):
+            groups.setdefault(m - {(logs[0], 1.0)}, []).append((logs[0], c))
+    out = dict(a)
+    for outer, logs in groups.items():
+        order = sorted(logs, key=lambda t: ("student" not in str(t[0].key), t[0].order))
+        for i, (x, k) in enumerate(order):
+            for j in range(i + 1, len(order)):
+                y, other = order[j]
+                if x.at != y.at or k * other >= 0:
+                    continue
+                size = min(abs(k), abs(other)) * (1 if k > 0 else -1)
+                out = plus(out, {outer | {(x, 1.0)}: -size})
+                out = plus(out, {outer | {(y, 1.0)}: size})
+                out = plus(out, {outer | {(Atom("diff", (x.key, y.key), x.at), 1.0)}: size})
+                k -= size
+                order[j] = y, other + size
+    return out
 
 
 def expanded(a: Poly) -> Poly:

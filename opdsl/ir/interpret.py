@@ -291,8 +291,10 @@ class Evaluator:
         return a * b
 
     def _div(self, n: Node, *xs: Tensor) -> Tensor:
+        """0 / 0 = 0: an entry that neither side has (padding) weighs nothing."""
         a, b = self._align(n, *xs)
-        return a / b
+        nothing = (a == 0) & (b == 0)
+        return torch.where(nothing, torch.zeros_like(b), a / torch.where(nothing, torch.ones_like(b), b))
 
     def _neg(self, n: Node, x: Tensor) -> Tensor:
         return -x

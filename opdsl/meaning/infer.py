@@ -72,6 +72,7 @@ class Context:
     teacher: vl.Dist | None = None  # the term's own teacher, for baselines
     v_tail: str | None = None
     group: int = 1
+    own_support: vl.Domain | None = None  # what `support` written in a regularizer means
     broken: bool = False  # the term's own feedback was refused: `A` stays silent
 
 
@@ -281,6 +282,8 @@ class Elaborator(Inliner):
         if name == "step":
             return vl.Num(b.input("step", Quantity(Axis.CONST, "int", 0)))
         if name == "support":
+            if self.ctx.own_support is not None and not self._calls:
+                return self.ctx.own_support
             if self.ctx.support is None:
                 self.fail(
                     "OPD303",

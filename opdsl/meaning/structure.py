@@ -454,8 +454,12 @@ class Elaboration:
 
     def _regularizers(self, frame: Frame) -> list[Term]:
         out = []
+        support = frame.flat.sections.get("support")
+        own = None
+        if support is not None and isinstance(support.stmt, tree.Section):
+            own = (support.stmt, Env(support.scope, {}, frame.env))
         for i, entry in enumerate(frame.flat.regularizers):
-            term = regularizer(self.el, entry, Env(entry.scope, {}, frame.env), i)
+            term = regularizer(self.el, entry, Env(entry.scope, {}, frame.env), i, own)
             if term is not None:
                 out.append(term)
         return out

@@ -352,8 +352,13 @@ def _check_factor(el: Elaborator, section: tree.Section, node: Node, kind: str) 
         )
 
 
-def regularizer(el: Elaborator, scoped: Scoped, env: Env, index: int) -> Term | None:
-    """`regularize E`: an additive term over the full vocabulary, without gates or weights."""
+def regularizer(
+    el: Elaborator, scoped: Scoped, env: Env, index: int, own: tuple[tree.Section, Env] | None
+) -> Term | None:
+    """`regularize E`: an additive term over the full vocabulary, without gates or weights.
+
+    `own` is the method's support, which `on = support` names.
+    """
     section = scoped.stmt
     assert isinstance(section, tree.Section)
     b = el.b
@@ -361,7 +366,8 @@ def regularizer(el: Elaborator, scoped: Scoped, env: Env, index: int) -> Term | 
     domain = vl.Domain(full, full)
     el.golden = False
     try:
-        with el.context(support=domain, support_span=section.value.span):
+        mine = el.domain(own[0].value, own[1]) if own is not None else None
+        with el.context(support=domain, support_span=section.value.span, own_support=mine):
             value = el.number(section.value, env, "a regularizer")
             value = _regularizer_loss(el, section, value)
     except Stop:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from opdsl.train.models import head_of, trunk_of
+from opdsl.emit.kernels.head import Head
+from opdsl.train.models import trunk_of
 from opdsl.train.runtime import Runtime
 from opdsl.train.states import Rows
 from opdsl.train.teachers import Scores
@@ -32,14 +33,14 @@ class Forward:
     runtime: Runtime
     vocabulary: int
     fused: bool
-    linear_head: bool
+    head: Head | None  # None: the model's own head, see `known_head`
     total_steps: int = 1
 
     def states(self, rows: Rows) -> torch.Tensor:
         """Hidden states [B, T, H] that the head reads; logits [B, T, V] for other heads."""
         ids = [p.ids for p in rows.prompts]
         with self.runtime.autocast():
-            if self.linear_head:
+            if self.head is not None:
                 return response_hidden(trunk_of(self.student), ids, rows.tokens, rows.lengths)
             logits = response_logits(self.student, ids, rows.tokens, rows.lengths, self.vocabulary)
             return logits.float()
@@ -51,9 +52,7 @@ class Forward:
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """float32 logits […, V] of states […, H] (or of logits themselves)."""
-        if not self.linear_head:
-            return states
-        return F.linear(states.float(), head_of(self.student).weight[: self.vocabulary].float())
+        return states if self.head is None else head_logits(self.head, states)
 
     def live(self, states: torch.Tensor) -> torch.Tensor:
         """What a batch is made from: states on the fused route, else logits."""
@@ -95,10 +94,11 @@ class Forward:
             common["teacher_head"] = {n: s.head for n, s in teachers.items()}
         if initial is not None:
             common |= {"initial_hidden": initial.hidden, "initial_head": initial.head}
-        # Half-precision products with float32 accumulation; the master weights stay float32.
-        dtype = torch.bfloat16 if self.runtime.half else live.dtype
-        head = head_of(self.student).weight[: self.vocabulary]
-        return Batch.from_hidden(live.to(dtype), head.to(dtype), **common)
+        head = self.head
+        if self.runtime.half:
+            # Half-precision products with float32 accumulation; master weights stay float32.
+            live, head = live.bfloat16(), replace(head, weight=head.weight.bfloat16())
+        return Batch.from_hidden(live, head, **common)
 
     def _sampler_logprobs(self, rows: Rows, states) -> torch.Tensor:
         """Log-probabilities [B, T] under the sampler; the student's own where nobody sampled."""
@@ -143,11 +143,19 @@ def parts_of(rows: Rows, size: int) -> list[Rows]:
     return [rows.select(range(i, min(i + size, B)), "") for i in range(0, B, size)]
 
 
+def head_logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """float32 logits […, V] of hidden states […, H], differentiable."""
+    V = head.width
+    bias = None if head.bias is None else head.bias[:V].float()
+    logits = F.linear(hidden.float(), head.weight[:V].float(), bias) * head.scale
+    return logits if head.soft_cap is None else head.soft_cap * torch.tanh(logits / head.soft_cap)
+
+
 def scores_at(scores: Scores, b, t) -> torch.Tensor:
     """float32 teacher logits [N, V] of chosen tokens."""
     if scores.logits is not None:
         return scores.logits[b, t].float()
-    return F.linear(scores.hidden[b, t].float(), scores.head.float())
+    return head_logits(scores.head, scores.hidden[b, t])
 
 
 def combine(metrics: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -221,22 +221,32 @@ def head_of(model):
     return bare(model).get_output_embeddings()
 
 
-def has_linear_head(model) -> bool:
-    """Whether logits are exactly hidden @ weight.T (no bias, soft cap or scale).
+def known_head(model, vocabulary: int):
+    """The head as weight, bias, scale and soft cap, or None if it computes something else.
 
-    Measured on one short input rather than read off configuration names, so that it holds for
-    any architecture.
+    What the configuration says is a guess; it counts only if it reproduces the model's logits on
+    a short input, so an architecture with a twist of its own is never mistaken for a plain one.
     """
     import torch
 
-    head = head_of(model)
-    ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
+    from opdsl.emit.kernels.head import Head
+
+    module, config = head_of(model), bare(model).config
+    if not isinstance(getattr(module, "weight", None), torch.Tensor):
+        return None
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", 1.0) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    ids = torch.arange(4, device=module.weight.device).unsqueeze(0)
     with torch.no_grad():
-        hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-        logits = bare(model)(input_ids=ids, use_cache=False).logits
-        own = torch.nn.functional.linear(hidden, head.weight)
-    scale = float(logits.float().abs().max()) + 1e-6
-    return own.shape == logits.shape and float((own - logits).float().abs().max()) <= 2e-2 * scale
+        hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        logits = bare(model)(input_ids=ids, use_cache=False).logits[0].float()
+    for one_scale, one_cap in ((1.0, None), (scale, cap)):
+        head = Head(module.weight, getattr(module, "bias", None), one_scale, one_cap)
+        own = head.logits(hidden)
+        # bfloat16 models round their logits to 8 bits, hence the width of this tolerance.
+        if own.shape == logits.shape and torch.allclose(own, logits, rtol=2e-2, atol=2e-2):
+            return Head(head.weight, head.bias, one_scale, one_cap, vocabulary)
+    return None
 
 
 def count_parameters(model) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 class Scores:
     """Teacher scores of B rows, T response positions; exactly one form is filled.
 
-    logits [B, T, V]; or hidden [B, T, H] with head [V, H], so that no [B, T, V] tensor exists.
+    logits [B, T, V]; or hidden [B, T, H] with its head, so that no [B, T, V] tensor exists.
     Positions behind a row's length hold anything finite.
     """
 

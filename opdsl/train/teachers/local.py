@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from opdsl.train.models import bare, head_of, trunk_of
+from opdsl.emit.kernels.head import Head
+from opdsl.train.models import bare, trunk_of
 from opdsl.train.runtime import Runtime
 from opdsl.train.teachers import Scores
 
@@ -69,6 +70,8 @@ class LocalTeacher:
 
     model: a callable giving the model, because the student may be wrapped later.
     view: prompt -> the token ids this teacher is conditioned on.
+    head: None for logits; else scores are hidden states, padded at their end and start by
+    `pad` zeros where several teachers share one joint head (see `joint_heads`).
     disabled: a context in which the model is the one meant (adapters off, for `initial`).
     """
 
@@ -80,12 +83,13 @@ class LocalTeacher:
         runtime: Runtime,
         vocabulary: int,
         *,
-        as_hidden: bool,
+        head: Head | None = None,
+        pad: tuple[int, int] = (0, 0),
         chunk: int | None = None,
         disabled: Callable[[], Any] = contextlib.nullcontext,
     ):
         self.name, self.model, self.view, self.runtime = name, model, view, runtime
-        self.vocabulary, self.as_hidden, self.chunk = vocabulary, as_hidden, chunk
+        self.vocabulary, self.head, self.pad, self.chunk = vocabulary, head, pad, chunk
         self.disabled = disabled
 
     @torch.no_grad()
@@ -99,12 +103,13 @@ class LocalTeacher:
                 rows = slice(i, i + chunk)
                 pieces.append(self._piece(model, views[rows], tokens_BT[rows], lengths_B[rows]))
         out = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        if self.as_hidden:
-            return Scores(hidden=out, head=head_of(model).weight[: self.vocabulary].detach())
+        if self.head is not None:
+            padded = torch.nn.functional.pad(out, self.pad) if any(self.pad) else out
+            return Scores(hidden=padded, head=self.head)
         return Scores(logits=out.float())
 
     def _piece(self, model, views, tokens_BT, lengths_B) -> torch.Tensor:
-        if self.as_hidden:
+        if self.head is not None:
             return response_hidden(trunk_of(model), views, tokens_BT, lengths_B)
         return response_logits(model, views, tokens_BT, lengths_B, self.vocabulary)
 
@@ -147,6 +152,27 @@ class MovingAverage(LocalTeacher):
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, parameter in self.average.named_parameters():
             parameter.copy_(tensors[name])
+
+
+def joint_heads(heads: Sequence[Head]) -> tuple[Head, list[tuple[int, int]]]:
+    """One head that serves several teachers, and the zero padding of each one's hidden states.
+
+    The weights stand side by side along H, and a teacher's states are zero everywhere but at its
+    own columns, so every product is its own head's exactly. A batch whose prompts go to
+    different teachers then still needs one fused pass and no [B, T, V] tensor.
+
+    Raises ValueError for heads with a bias or of different scale, soft cap or width.
+    """
+    first = heads[0]
+    for head in heads:
+        same = (head.scale, head.soft_cap, head.width) == (first.scale, first.soft_cap, first.width)
+        if head.bias is not None or not same:
+            raise ValueError("these heads cannot be joined")
+    widths = [head.weight.shape[1] for head in heads]
+    joint = torch.cat([head.weight[: head.width].detach() for head in heads], 1)
+    before = [sum(widths[:i]) for i in range(len(widths))]
+    pads = [(b, sum(widths) - b - w) for b, w in zip(before, widths)]
+    return Head(joint, None, first.scale, first.soft_cap), pads
 
 
 def frozen_copy(model):
