@@ -50,9 +50,11 @@ class Compilation:
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
-        """Names of the methods the file defines itself."""
+        """Names of the methods the file defines itself, or that its run blocks bind."""
         _, scope, _ = self._loaded
-        return tuple(n for n, (_, s) in scope.methods.items() if s is scope)
+        own = [n for n, (_, s) in scope.methods.items() if s is scope]
+        bound = [r.method.name for r in scope.runs.values() if r.method.name in scope.methods]
+        return tuple(own or dict.fromkeys(bound))
 
     # -- tree to spec ----------------------------------------------------------------------
     @cached_property
@@ -81,9 +83,9 @@ class Compilation:
                 )
             )
             return None
-        decl, _ = scope.methods[name]
+        decl, where = scope.methods[name]
         elaboration = Elaboration(self.report, loader.std(), self.settings)
-        spec = elaboration.method(decl, scope, scope.runs)
+        spec = elaboration.method(decl, where, scope.runs)
         if spec is not None:
             check_access(spec, self.report)
         return spec

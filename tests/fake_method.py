@@ -40,11 +40,11 @@ class FakeBatch:
 
     @classmethod
     def from_hidden(cls, hidden, lm_head, teacher_hidden=None, teacher_head=None, **rest):
-        teacher = {
-            n: torch.nn.functional.linear(h, teacher_head[n])
-            for n, h in (teacher_hidden or {}).items()
-        }
-        return cls.from_logits(torch.nn.functional.linear(hidden, lm_head), teacher, **rest)
+        def logits(states, head):
+            return torch.nn.functional.linear(states, head.weight[: head.width])
+
+        teacher = {n: logits(h, teacher_head[n]) for n, h in (teacher_hidden or {}).items()}
+        return cls.from_logits(logits(hidden, lm_head), teacher, **rest)
 
     def split(self, n):
         B = len(self.tokens)
@@ -127,6 +127,7 @@ class Spec:
     name: str
     states: tuple = (State(),)
     teachers: tuple = (TeacherDecl(),)
+    routed: tuple = ()
     critics: tuple = ()
     optimize: dict = field(default_factory=dict)
     runs: dict = field(default_factory=dict)

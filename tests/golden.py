@@ -1,6 +1,6 @@
 """Golden files: each `tests/bad/OPDnnn_slug.opd` has its full rendered report in `.expected`.
 
-Run `OPDSL_UPDATE_GOLDEN=1 pytest tests/test_syntax.py` to write them anew, then read the diff.
+Run `pytest --regenerate` to write them anew, then read the diff.
 """
 
 from __future__ import annotations
@@ -39,5 +39,5 @@ def compare(golden: Path, text: str) -> None:
     if os.environ.get("OPDSL_UPDATE_GOLDEN"):
         golden.write_text(text, encoding="utf-8")
         return
-    assert golden.is_file(), f"{golden.name} is missing: run with OPDSL_UPDATE_GOLDEN=1"
+    assert golden.is_file(), f"{golden.name} is missing: run pytest --regenerate"
     assert text == golden.read_text(encoding="utf-8")

@@ -15,6 +15,14 @@ from opdsl.source import Source
 
 SHIPPED = sorted(p for p in specs().glob("**/*.opd") if p.parent.name != "std")
 
+RUN = """
+run h200 of verifier_hybrid {
+  student = "Qwen/Qwen3-1.7B"
+  math    = "Qwen/Qwen3-8B"
+  seed    = 7
+}
+"""
+
 BODY = """
   state     rollouts(student)
   teacher   T = external(access = logits)
@@ -66,7 +74,7 @@ def test_names_of_methods_and_files_do_not_matter():
 
 
 def test_run_settings_change_neither_formula_nor_fingerprint():
-    plain = specs().joinpath("verifier_hybrid.opd").read_text()
+    plain = specs().joinpath("verifier_hybrid.opd").read_text() + RUN
     other = plain.replace("seed    = 7", "seed    = 8").replace("Qwen3-8B", "Qwen3-32B")
     assert other != plain
     a, b = (opdsl.compile(t) for t in (plain, other))
@@ -139,3 +147,9 @@ def test_unknown_spec_names_a_close_one():
 def test_source_kinds_of_one_text():
     spec = Compilation(Source("<memory>", text("KL(student || T)"))).spec
     assert spec is not None and spec.states[0].policy == "student"
+
+
+def test_a_run_block_may_bind_an_imported_method():
+    source = 'opd 1\nimport "./gkd.opd" (gkd)\nrun small of gkd {\n  student = "models/tiny"\n  seed = 3\n}\n'
+    spec = opdsl.compile(source).spec
+    assert spec.name == "gkd" and spec.runs["small"].settings == {"student": "models/tiny", "seed": 3}

@@ -176,6 +176,91 @@ def test_a_dry_run_checks_and_trains_nothing(tmp_path, spec, texts, data):
     run("run", spec, "--dry-run", "--out", out, code=0)
 
 
+SHAPED = """opd 1
+method shaped "a critic on a shaped signal" {
+  evidence hypothesis
+  state rollouts(student, temperature = 1.0)
+  teacher T = external(access = sampled)
+  let V : nats per token = critic(init = student, lr = 1e-3, warmup = 2 steps)
+  support sampled
+  feedback reward 2 * logratio(T, rollout)
+  shape clip(-0.5, 0.5)
+  credit gae(V = V, gamma = 1, lam = 0.9)
+  aggregate mean(over = tokens)
+}
+"""
+
+
+# ---- compiled methods in the trainer ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["cr_opd", SHAPED, "verifier_hybrid"], ids=["cr_opd", "critic", "routed"]
+)
+def test_routes_and_micro_batches_agree(tmp_path, small, name, monkeypatch):
+    """Logits or hidden states, whole or in parts: the same student."""
+    from safetensors.torch import load_file
+
+    import opdsl
+    from opdsl.train.loop import train
+    from opdsl.train.settings import RunSettings
+
+    method = opdsl.compile(name)
+    teachers = {t.name: small[3] for t in method.spec.teachers}
+    if len(teachers) > 1:
+        teachers[next(iter(teachers))] = tiny(tmp_path / "second", 5)
+    found = []
+    for fused_from in (10**9, 10):
+        for size in (None, 5):
+            monkeypatch.setattr("opdsl.train.setup.FUSED_FROM", fused_from)
+            out = tmp_path / f"{fused_from}-{size}"
+            s = RunSettings(
+                out=str(out),
+                student=small[1],
+                teachers=teachers,
+                task="chain",
+                steps=2,
+                prompts=4,
+                micro_batch=size,
+                eval_prompts=4,
+                eval_every=9,
+                report=False,
+            )
+            train(method, s)
+            found.append(load_file(out / "student" / "model.safetensors"))
+    for other in found[1:]:
+        for key, tensor in found[0].items():
+            torch.testing.assert_close(other[key], tensor, rtol=1e-5, atol=2e-6)
+
+
+def test_a_critic_is_trained_on_the_methods_own_signal():
+    import opdsl
+    from opdsl.train.rewards import Rewards
+
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 4, 9, generator=generator) for _ in range(2))
+    tokens = torch.randint(9, (3, 4), generator=generator)
+    mask = torch.arange(4) < torch.tensor([4, 1, 2])[:, None]
+
+    def at(logits):
+        return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+    batch = opdsl.Batch.from_logits(
+        student,
+        teacher,
+        tokens=tokens,
+        mask=mask,
+        rollout_logprobs=at(student),
+        values=torch.zeros(3, 5),
+    )
+    ratio = torch.where(mask, at(teacher) - at(student), 0.0)
+    found = Rewards(opdsl.load("gae_opd"))(batch, mask)
+    torch.testing.assert_close(found, ratio)
+    shaped = opdsl.compile(SHAPED)
+    found = Rewards(shaped)(batch, mask)
+    torch.testing.assert_close(found, (2 * ratio).clamp(-0.5, 0.5))
+
+
 # ---- mistakes ------------------------------------------------------------------------------------------
 
 

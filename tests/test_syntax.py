@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -367,21 +368,57 @@ def probe(env: dict[str, str]) -> tuple[float, list[str]]:
     return float(seconds), heavy
 
 
-def test_the_cache_is_private_and_survives_damage(tmp_path):
-    env = {"OPDSL_CACHE_DIR": str(tmp_path)}
-    assert probe(env)[1] == ["lark"]
+@pytest.fixture
+def rebuilds(tmp_path, monkeypatch):
+    """Counts how often the tables are computed anew with a cache in `tmp_path`."""
+    data = grammar.compile_tables(resources.grammar_text())
+    calls = []
+    monkeypatch.setenv("OPDSL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(grammar, "compile_tables", lambda text: calls.append(1) or data)
+
+    def count() -> int:
+        calls.clear()
+        assert grammar.tables.__wrapped__() == grammar.tables()
+        return len(calls)
+
+    return count
+
+
+def test_the_cache_is_private_and_survives_damage(tmp_path, rebuilds):
+    assert [rebuilds(), rebuilds()] == [1, 0]
     (place,) = (tmp_path / "grammar").iterdir()
-    assert probe(env)[1] == []
+    good = place.read_bytes()
+    for damage in (b"", b"junk", good[:-10], b"00000000\n{}", good.replace(b'"start":', b'"st":')):
+        place.write_bytes(damage)
+        assert [rebuilds(), rebuilds()] == [1, 0]
     if os.name == "posix":
         assert (tmp_path / "grammar").stat().st_mode & 0o777 == 0o700
         place.chmod(0o666)  # others may write: not to be trusted
-        assert probe(env)[1] == ["lark"]
-        place.chmod(0o600)
-    for damage in (b"", b"junk", place.read_bytes()[:-10], b"00000000\n{}"):
-        place.write_bytes(damage)
-        assert probe(env)[1] == ["lark"]
-        assert probe(env)[1] == []
+        assert [rebuilds(), rebuilds()] == [1, 0]
+        place.unlink()
+        (tmp_path / "elsewhere").write_bytes(good)
+        place.symlink_to(tmp_path / "elsewhere")
+        assert [rebuilds(), rebuilds()] == [1, 0]
+        assert not place.is_symlink()
     assert [p.name for p in (tmp_path / "grammar").iterdir()] == [place.name]
+
+
+def test_another_grammar_with_the_same_file_name_is_not_used(rebuilds, monkeypatch):
+    monkeypatch.setattr(grammar.zlib, "crc32", lambda data: 7)
+    assert [rebuilds(), rebuilds()] == [1, 0]
+    monkeypatch.setattr(grammar, "FORMAT", grammar.FORMAT + 1)
+    assert rebuilds() == 1
+
+
+def test_inside_a_package(tmp_path):
+    """An installed wheel has the grammar in the package; a checkout has it beside."""
+    package = tmp_path / "opdsl"
+    package.mkdir()
+    shutil.copytree(ROOT / "grammars", package / "grammars")
+    shutil.copytree(ROOT / "opdsl" / "syntax", package / "syntax")
+    for path in (ROOT / "opdsl").glob("*.py"):
+        shutil.copy(path, package)
+    probe({"PYTHONPATH": str(tmp_path)})
 
 
 def test_two_processes_at_once(tmp_path):

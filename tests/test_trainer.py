@@ -197,6 +197,22 @@ def test_teachers_made_of_the_student(tmp_path, pair, teacher):
     assert first.last["loss"] == pytest.approx(0.0, abs=1e-5)
 
 
+def test_teachers_with_different_heads_share_one_that_is_exact():
+    from opdsl.emit.kernels.head import Head
+    from opdsl.train.teachers.local import joint_heads
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, 5)
+    heads = [Head(torch.randn(7, h, generator=generator), vocab=6) for h in sizes]
+    joint, pads = joint_heads(heads)
+    for head, size, pad in zip(heads, sizes, pads):
+        hidden = torch.randn(4, size, generator=generator)
+        found = joint.logits(torch.nn.functional.pad(hidden, pad))
+        torch.testing.assert_close(found, head.logits(hidden), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError):
+        joint_heads([heads[0], Head(heads[1].weight, scale=2.0)])
+
+
 # ---- guards -----------------------------------------------------------------------------------------
 
 

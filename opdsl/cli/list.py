@@ -19,12 +19,14 @@ def list_(what: str, format_: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    import sys
+
     table = Table(box=None, pad_edge=False)
-    for column in rows[0] if rows else ():
-        table.add_column(column)
+    for i, column in enumerate(rows[0] if rows else ()):
+        table.add_column(column, no_wrap=i == 0, overflow="fold")
     for row in rows:
         table.add_row(*(str(v) for v in row.values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _specs() -> list[dict[str, object]]:

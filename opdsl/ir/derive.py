@@ -131,8 +131,13 @@ class Adjoint:
         self.give(y, self.b.mul(a, x), n)
 
     def _div(self, n: Node, a: Node) -> None:
-        x, y = n.args
-        self.give(x, self.b.div(a, y), n)
+        b, (x, y) = self.b, n.args
+        slope = b.div(a, y)
+        if y.q.low <= 0 <= y.q.high:  # 0 / 0 = 0, without a slope (as in `ratio`)
+            zero = b.const(0.0)
+            nothing = b.and_(b.compare("==", x, zero), b.compare("==", y, zero))
+            slope = b.where(nothing, zero, slope)
+        self.give(x, slope, n)
         if y.q.live:
             self.give(y, self.b.neg(self.b.mul(a, self.b.div(n, y))), n)
 

@@ -67,7 +67,7 @@ def centred_logit(el: Elaborator) -> Node:
     b = el.b
     lp = b.logp("student", True)
     full = b.set_("full")
-    real = b.compare("<", b.const(-1e20), lp)
+    real = _real(el)
     total = b.sum_v(b.where(real, lp, b.const(0.0)), full)
     count = b.sum_v(b.where(real, b.const(1.0), b.const(0.0)), full)
     return b.sub(b.at_y(lp), b.div(total, count))
@@ -145,8 +145,9 @@ def _counterfactual(
             f"range {raw.q.range_text()}",
             helps=["toward = T[v] - student[v]"],
         )
+    share = _real_entries(el, among, b.sg(raw))
     rho = b.exp(
-        normalized(el, domain, b.sg(raw), tree.Reduce(e.func, _ident(e), e, e, e.span)).logp
+        normalized(el, domain, share, tree.Reduce(e.func, _ident(e), e, e, e.span)).logp
     )
     strength = el.number(args["strength"], env)
     if not compatible_units(strength.q.unit, "nats"):
@@ -163,7 +164,7 @@ def _counterfactual(
         el.fail("OPD201", args["strength"].span, "one strength per token", strength.q.describe())
     trigger = b.sg(trigger)
     zero = b.const(0.0)
-    weight = b.where(mask, b.maximum(b.sg(raw), zero), zero)
+    weight = b.where(mask, b.maximum(share, zero), zero)
     routable = b.compare("<", zero, b.sum_v(weight, domain.base))
     lp = b.logp("student", True)
     pulled = b.sum_v(b.mul(rho, b.at_set(lp, domain.base)), domain.base)
@@ -176,6 +177,17 @@ def _counterfactual(
     return loss, Routing(
         "counterfactual", trigger, mask, domain.base, rho, b.sg(raw), b.sg(strength), routable, otherwise, e.span
     )  # fmt: skip
+
+
+def _real_entries(el: Elaborator, among: vl.Domain, share: Node) -> Node:
+    """No mass for padding rows: over the full vocabulary they are no candidates (semantics §6)."""
+    b = el.b
+    return b.where(_real(el), share, b.const(0.0)) if among.base.op == "full" else share
+
+
+def _real(el: Elaborator) -> Node:
+    """Which entries of the vocabulary the student can produce at all (padding rows are −inf)."""
+    return el.b.compare("<", el.b.const(-1e20), el.b.logp("student", True))
 
 
 def _and_once(el: Elaborator, mask: Node, extra: Node) -> Node:

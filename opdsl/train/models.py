@@ -234,7 +234,9 @@ def known_head(model, vocabulary: int):
     module, config = head_of(model), bare(model).config
     if not isinstance(getattr(module, "weight", None), torch.Tensor):
         return None
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", 1.0) or 1.0)
+    scale = getattr(config, "logit_scale", None) or 1.0 / (
+        getattr(config, "logits_scaling", 1.0) or 1.0
+    )
     cap = getattr(config, "final_logit_softcapping", None)
     ids = torch.arange(4, device=module.weight.device).unsqueeze(0)
     with torch.no_grad():

@@ -92,7 +92,7 @@ def decode(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos: int,
+    eos: int | Sequence[int],
     pad: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -104,23 +104,28 @@ def decode(
     """Sample one response per prompt.
 
     prompts: token ids, equally long or ragged (padded on the left here, with a mask and the
-    position ids each row would have alone). `generator` must live on the CPU: the uniform
-    numbers are drawn there, so CPU and GPU runs use the same ones; None uses torch's own.
-    The model's training mode is put back; no gradient is recorded.
+    position ids each row would have alone). eos: the end token, or several of them.
+    generator: lives on the CPU, where the uniform numbers are drawn, so that CPU and GPU runs
+    use the same ones; None uses torch's own. The model's training mode is put back; no gradient
+    is recorded.
 
-    Raises ValueError for no prompts, an empty prompt, or settings outside their range.
+    Raises ValueError for no prompts, an empty prompt, or settings outside their range, and
+    FloatingPointError if the model's logits are not finite (it names the first such row).
     """
     _check(prompts, max_new_tokens, temperature, top_p, top_k)
+    stops = (eos,) if isinstance(eos, int) else tuple(eos)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         with torch.no_grad():
             settings = (temperature, top_p, top_k, greedy)
             loop = _cached_loop if _takes_cache(model) else _hf_generate
-            return loop(model, prompts, max_new_tokens, eos, pad, settings, generator, device)
+            return loop(model, prompts, max_new_tokens, stops, pad, settings, generator, device)
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def _check(prompts, max_new_tokens, temperature, top_p, top_k) -> None:
@@ -143,6 +148,14 @@ def _takes_cache(model) -> bool:
     return "past_key_values" in inspect.signature(model.forward).parameters
 
 
+def _is_any(tokens: torch.Tensor, stops: tuple[int, ...]) -> torch.Tensor:
+    """Boolean tensor: the token is one of the end tokens."""
+    found = tokens == stops[0]
+    for stop in stops[1:]:
+        found = found | (tokens == stop)
+    return found
+
+
 def _left_pad(prompts, pad: int, device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """ids [U, P] and mask [U, P] (None where all prompts are equally long)."""
     longest = max(map(len, prompts))
@@ -156,7 +169,7 @@ def _left_pad(prompts, pad: int, device) -> tuple[torch.Tensor, torch.Tensor | N
     return ids_UP, torch.arange(longest, device=device) >= longest - lengths_U1
 
 
-def _cached_loop(model, prompts, max_new, eos, pad, settings, generator, device) -> Rollouts:
+def _cached_loop(model, prompts, max_new, stops, pad, settings, generator, device) -> Rollouts:
     temperature, top_p, top_k, greedy = settings
     B = len(prompts)
     index: dict[tuple[int, ...], int] = {}
@@ -186,8 +199,9 @@ def _cached_loop(model, prompts, max_new, eos, pad, settings, generator, device)
     lengths_B = torch.zeros(B, dtype=torch.int64, device=device)
     finished_B = torch.zeros(B, dtype=torch.bool, device=device)
     alive = torch.arange(B, device=device)  # row of the result that each running row writes
-    # All uniform numbers at once and for every row: dropping rows changes nobody's numbers.
-    uniform_TB = None if greedy else torch.rand((max_new, B), generator=generator).to(device)
+    # All uniform numbers at once, row by row: dropping rows changes nobody's numbers, and chunks
+    # decoded one after the other from one generator get the numbers the whole batch would.
+    uniform_BT = None if greedy else torch.rand((B, max_new), generator=generator).to(device)
 
     for t in range(max_new):
         if greedy:
@@ -195,11 +209,11 @@ def _cached_loop(model, prompts, max_new, eos, pad, settings, generator, device)
             token_B = logp_BV.argmax(-1)
         else:
             logp_BV = sampling_logprobs(logits_BV, temperature, top_p, top_k)
-            token_B = inverse_cdf(logp_BV, uniform_TB[t, alive])
+            token_B = inverse_cdf(logp_BV, uniform_BT[alive, t])
         tokens_BT[alive, t] = token_B
         logprobs_BT[alive, t] = logp_BV.gather(-1, token_B.unsqueeze(-1)).squeeze(-1)
         lengths_B[alive] += 1
-        ended_B = token_B == eos
+        ended_B = _is_any(token_B, stops)
         finished_B[alive] = ended_B
         if t + 1 == max_new:
             break
@@ -223,7 +237,7 @@ def _cached_loop(model, prompts, max_new, eos, pad, settings, generator, device)
     return Rollouts(tokens_BT[:, :T], lengths_B, logprobs_BT[:, :T], finished_B)
 
 
-def _hf_generate(model, prompts, max_new, eos, pad, settings, generator, device) -> Rollouts:
+def _hf_generate(model, prompts, max_new, stops, pad, settings, generator, device) -> Rollouts:
     """The same through `model.generate`, for recurrent and other models without this cache.
 
     `generate` draws from torch's global generator, so that one is seeded from ours for the
@@ -243,14 +257,14 @@ def _hf_generate(model, prompts, max_new, eos, pad, settings, generator, device)
             input_ids=ids_BP,
             attention_mask=mask_BP.long(),
             max_new_tokens=max_new,
-            eos_token_id=eos,
+            eos_token_id=list(stops),
             pad_token_id=pad,
             return_dict_in_generate=True,
             output_logits=True,
             **chosen,
         )
     tokens_BT = out.sequences[:, ids_BP.shape[1] :].clone()
-    is_eos_BT = tokens_BT == eos
+    is_eos_BT = _is_any(tokens_BT, stops)
     finished_B = is_eos_BT.any(-1)
     T = tokens_BT.shape[1]
     lengths_B = torch.where(finished_B, is_eos_BT.int().argmax(-1) + 1, T)

@@ -18,12 +18,8 @@ from opdsl.train.progress import Progress
 from opdsl.train.runtime import Runtime, make_runtime
 from opdsl.train.states import States
 from opdsl.train.step import Engine
-from opdsl.train.teachers.local import (
-    LocalTeacher,
-    MovingAverage,
-    frozen_copy,
-    initial_policy,
-)
+from opdsl.train.teachers.local import frozen_copy
+from opdsl.train.teachers.make import TeacherMaker
 
 FUSED_FROM = 16_384  # vocabulary size above which no [B, T, V] tensor is made
 HASH_LIMIT = 200_000_000  # parameters up to which weights are hashed for the identity of a run
@@ -92,16 +88,15 @@ def build(method, plan: Plan, progress: Progress) -> Session:
         student.requires_grad_(True)
     vocabulary = models.common_vocabulary(student, loaded, tokenizers)
     data = _data(method, plan, tokenizers.get("student"), student, loaded)
-    linear_head = models.has_linear_head(student)
-    fused = vocabulary > FUSED_FROM and linear_head
-    if fused and any(not models.has_linear_head(m) for m in loaded.values()):
-        fused = False
+    head = models.known_head(student, vocabulary)
+    # A head that is more than product, scale and soft cap needs logits throughout.
+    others = [models.known_head(model, vocabulary) for model in loaded.values()]
+    fused = vocabulary > FUSED_FROM and all(h is not None for h in (head, *others))
     plan = complete(
         replace(plan, max_tokens=min(plan.max_tokens, data.max_new_tokens)), method, data.rows
     )
-    teachers, initial = _teachers(
-        method, student, loaded, data, runtime, vocabulary, fused, settings
-    )
+    maker = TeacherMaker(method, student, data, runtime, vocabulary, fused, settings.micro_batch)
+    teachers, initial = maker.make(loaded)
     old = _old(method, student)
     policies = {"student": lambda: models.bare(student)}
     if old is not None:
@@ -123,7 +118,7 @@ def build(method, plan: Plan, progress: Progress) -> Session:
     parameters = models.count_parameters(student)
     engine = Engine(
         method=method,
-        forward=Forward(student, runtime, vocabulary, fused, linear_head, plan.recipe.steps),
+        forward=Forward(student, runtime, vocabulary, fused, head, plan.recipe.steps),
         teachers=teachers,
         initial=initial,
         critics=[Critic(c, student, runtime) for c in _critics(method)],
@@ -238,42 +233,6 @@ def _invented(method, task) -> dict[str, tuple[str, ...]]:
             values = [t.when[1] for t in method.spec.teachers if t.when and t.when[0] == name]
             invented[name] = tuple(dict.fromkeys(values)) or ("none",)
     return invented
-
-
-def _teachers(method, student, loaded, data, runtime, vocabulary, fused, settings):
-    """({role: scorer}, scorer of the initial policy or None)."""
-    common = {"as_hidden": fused, "chunk": settings.micro_batch or None}
-    teachers: dict[str, Any] = {}
-    start = None
-    kinds = {t.kind for t in method.spec.teachers}
-    if method.needs.initial or "initial" in kinds:
-        model, disabled = initial_policy(student)
-        start = LocalTeacher(
-            "initial", model, lambda p: p.ids, runtime, vocabulary, disabled=disabled, **common
-        )
-    for decl in method.spec.teachers:
-        if decl.kind == "initial":
-            teachers[decl.name] = start
-            continue
-        view = _view(decl, data)
-        args = (view, runtime, vocabulary)
-        if decl.kind == "external":
-            model = loaded[decl.name]
-            teachers[decl.name] = LocalTeacher(decl.name, lambda m=model: m, *args, **common)
-        elif decl.kind == "self":
-            teachers[decl.name] = LocalTeacher(decl.name, lambda: student, *args, **common)
-        else:
-            teachers[decl.name] = MovingAverage(decl.name, student, decl.decay, *args, **common)
-    return teachers, start
-
-
-def _view(decl, data):
-    """prompt -> the token ids a teacher reads."""
-    if decl.kind == "self":
-        return lambda p: data.context_ids(p, decl.context)
-    if decl.kind == "external":
-        return lambda p: p.teacher_ids
-    return lambda p: p.ids
 
 
 def _old(method, student) -> OldStudent | None:

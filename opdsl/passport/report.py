@@ -1,0 +1,381 @@
+"""The bias passport: what a method's update is, computed from its program (theory §11.4).
+
+Every entry is decided by structure or by evaluating the derived field on small random states;
+what neither decides is None, printed as "not decided".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opdsl.diagnostics import Severity
+from opdsl.meaning.graph import nodes_below, static_value
+from opdsl.meaning.node import Node
+from opdsl.meaning.spec import Spec, Term
+from opdsl.passport import field
+from opdsl.passport.objective import (
+    FKL,
+    RKL,
+    View,
+    conservative,
+    objective,
+    on_policy,
+    pretty,
+    split_kl,
+    state_signal,
+    views,
+)
+
+if TYPE_CHECKING:
+    from opdsl.compilation import Compilation
+
+UNDECIDED = "not decided"
+
+
+def passport(compilation: Compilation) -> dict[str, Any]:
+    """The passport of a compiled method as plain values. Raises CompileError on a faulty spec."""
+    from opdsl.ir.fingerprint import fingerprints
+    from opdsl.ir.needs import needs
+
+    spec, program = compilation.require()
+    found = views(spec)
+    decided, reason = conservative(spec, found)
+    stationary = _stationary(spec)
+    need = needs(program)
+    return {
+        "objective": objective(found),
+        "conservative": decided,
+        "conservative_reason": reason,
+        "stationary_at_teacher": stationary,
+        "fixed_point": fixed_point(spec, found, stationary),
+        "zero_expected_gradient": _zero(spec, found),
+        "biases": biases(compilation),
+        "descent": descent(spec, found),
+        "variance": variance(spec, found),
+        "routing": routing(found),
+        "estimates": estimates(found),
+        "teacher_access": dict(need.teachers),
+        "evidence": spec.evidence,
+        "fingerprints": fingerprints(program),
+    }
+
+
+def biases(compilation: Compilation) -> list[dict[str, Any]]:
+    """Boundaries crossed (5xx) and rules overridden, each once."""
+    out: list[dict[str, Any]] = []
+    for d in compilation.diagnostics:
+        if d.code[3] != "5" and (d.overridden is None or d.severity is not Severity.ERROR):
+            continue
+        row = {
+            "code": d.code,
+            "slug": d.slug,
+            "statement": d.message,
+            "accepted": d.overridden,
+        }
+        if row not in out:
+            out.append(row)
+    return out
+
+
+# ---- the field at a state --------------------------------------------------------------------
+
+
+def _whole(spec: Spec, term: Term) -> Node:
+    """A term with its gate and weight."""
+    b = spec.builder
+    return b.mul(b.mul(term.weight, term.gate), term.loss)
+
+
+def _main(spec: Spec) -> list[Term]:
+    return [t for t in spec.terms if t.rows == "main"]
+
+
+def _total(spec: Spec, world: field.World) -> np.ndarray | None:
+    """The expected field of all terms at visited states [S, V], if all are known there."""
+    total = np.zeros((field.S, field.V))
+    for term in _main(spec):
+        u = field.expected(spec, _whole(spec, term), world)
+        if u is None:
+            return None
+        total = total + u
+    return total
+
+
+def _stationary(spec: Spec) -> bool | None:
+    """Whether the whole field vanishes where the student equals its teacher."""
+    if not any(t not in ("initial",) for term in spec.terms for t in term.teachers):
+        return None
+    world = field.random_world(11).at_teacher()
+    answers = [field.vanishes(spec, _whole(spec, t), world) for t in _main(spec)]
+    if any(a is False for a in answers):
+        return False
+    if any(t.rows == "golden" for t in spec.terms):
+        return False  # given text pulls elsewhere
+    if any(not t.teachers and a is None for t, a in zip(_main(spec), answers)):
+        return False  # a term that never sees the teacher
+    return True if all(answers) else None
+
+
+def _zero(spec: Spec, found: list[View]) -> bool | None:
+    """Whether the expected gradient of the whole method is zero."""
+    if all(state_signal(v.term) for v in found):
+        return True
+    answers = []
+    for v in found:
+        if v.term.rows == "golden":
+            answers.append(False)
+        elif v.term.route == "reward" and v.credit.kind not in ("immediate", "none"):
+            answers.append(False if v.shape is not None and not v.shape.zero else None)
+        else:
+            u = field.expected(spec, v.term.loss, field.random_world(5))
+            answers.append(None if u is None else bool(np.abs(u).max() < field.TINY))
+    if False in answers:
+        return False
+    return True if all(answers) else None
+
+
+# ---- fixed point -------------------------------------------------------------------------------
+
+
+def fixed_point(spec: Spec, found: list[View], stationary: bool | None) -> str:
+    """The student at which the field vanishes, in closed form where there is one (§11.6)."""
+    main = [v for v in found if v.term.rows == "main"]
+    teacher = _teacher_name(main)
+    if any(v.term.rows == "golden" for v in found):
+        return "none in closed form: given text pulls beside the teacher"
+    if any(v.credit.kind not in ("none", "immediate") for v in main):
+        if stationary:
+            return f"π_{teacher} (at one state ∝ π_{teacher} · exp V: the later tokens count)"
+        return UNDECIDED
+    cut = _cut_point(spec, main, teacher)
+    if cut is not None:
+        return cut
+    world = field.random_world(7)
+    total = _total(spec, world)
+    if total is not None:
+        closed = _closed_form(spec, field.fitted(total, world), world, teacher)
+        if closed is not None:
+            return closed
+    if stationary:
+        return f"π_{teacher}"
+    if stationary is False:
+        return f"none in closed form; not π_{teacher}"
+    return UNDECIDED
+
+
+def _teacher_name(found: list[View]) -> str:
+    names = {t for v in found for t in v.term.teachers if t != "initial"}
+    return next(iter(names)) if len(names) == 1 else "T"
+
+
+def _cut_point(spec: Spec, main: list[View], teacher: str) -> str | None:
+    """A single divergence on a cut support; the claim is checked on random states."""
+    if len(main) != 1 or main[0].cut is None or main[0].term.route != "loss":
+        return None
+    q, tail, view = f"π_{teacher}", main[0].cut, main[0]
+    world = field.random_world(7)
+    loss = view.term.loss
+    if tail == "renormalize":
+        return f"any student with the shape of {q} inside the support; mass outside is free"
+    if tail in ("bin", "sampled") and field.vanishes(spec, loss, world.at_teacher()):
+        if tail == "sampled":
+            return q
+        return f"{q} on the support and in total outside it; the shape outside is free"
+    top = np.argsort(np.argsort(-world.q, -1), -1) < field.CUT
+    inside = np.where(top, world.q, 1e-13)
+    inside = inside / inside.sum(1, keepdims=True)
+    mass = np.where(top, world.q, 0.0).sum(1, keepdims=True)
+    if field.vanishes(spec, loss, world.with_student(inside)) and _is_fkl(view):
+        return f"{q} renormalised on the support; everything outside is erased"
+    shrunk = np.where(top, world.q / np.e, world.q * (1 - mass / np.e) / (1 - mass))
+    if field.vanishes(spec, loss, world.with_student(shrunk)):
+        return f"the shape of {q} on the support with total mass π_{teacher}(Ω)/e: mass is pushed out"
+    if field.vanishes(spec, loss, world.at_teacher()):
+        return f"{q} on the support; the mass outside is free"
+    return UNDECIDED
+
+
+def _is_fkl(view: View) -> bool:
+    return view.divergence.startswith("KL") and view.divergence.rstrip(")").endswith("student")
+
+
+def _closed_form(spec: Spec, s: field.Shape, world: field.World, teacher: str) -> str | None:
+    """∝ π_T^a π_0^b, or a mixture, where the field is made of KLs and entropy; then checked."""
+    if s.parts is None or s.zero:
+        return None
+    k = {n: x for n, x in s.parts.items()}
+    q, r = f"π_{teacher}", "π_0"
+    if set(k) <= {RKL, FKL}:
+        return q if all(x > 0 for x in k.values()) else None
+    if set(k) <= {RKL, "KL(student||initial)", "-H(student)"}:
+        a, b, h = (k.get(n, 0.0) for n in (RKL, "KL(student||initial)", "-H(student)"))
+        total = a + b + h
+        if min(a, total) <= 0 or b < 0:
+            return None
+        p = np.exp((a * np.log(world.q) + b * np.log(world.p0)) / total)
+        text = f"∝ {q}^{_power(a / total)}" + (f" · {r}^{_power(b / total)}" if b else "")
+    elif set(k) <= {FKL, "KL(initial||student)"} and min(k.values()) > 0:
+        a, b = k.get(FKL, 0.0), k.get("KL(initial||student)", 0.0)
+        p = (a * world.q + b * world.p0) / (a + b)
+        text = f"{a / (a + b):.3g} {q} + {b / (a + b):.3g} {r}"
+    else:
+        return None
+    total_at = _total(spec, world.with_student(p / p.sum(1, keepdims=True)))
+    return text if total_at is not None and np.abs(total_at).max() < 1e-7 else None
+
+
+def _power(x: float) -> str:
+    return f"{x:.4g}"
+
+
+# ---- descent, routing, variance --------------------------------------------------------------------
+
+
+def descent(spec: Spec, found: list[View]) -> dict[str, str]:
+    """KL -> whether a small step is certain to lower it: "guaranteed …", "not guaranteed …" (a
+    counterexample was met) or "not decided"."""
+    main = [v for v in found if v.term.rows == "main"]
+    undecided = {RKL: UNDECIDED, FKL: UNDECIDED}
+    if len(main) == 1 and main[0].term.routing.kind == "counterfactual":
+        return _routed(spec, main[0])
+    if any(v.credit.kind not in ("none", "immediate") for v in main):
+        if all(v.credit.exact and v.plain for v in main) or split_kl(main):
+            only = "guaranteed for whole sequences (in expectation)"
+            return {RKL: only, FKL: UNDECIDED}
+        return undecided
+    world = field.random_world(13)
+    total = _total(spec, world)
+    if total is None:
+        return undecided
+    s = field.fitted(total, world)
+    out = {}
+    for name, lower in field.descends(total, world).items():
+        own = (s.parts is not None and list(s.parts) == [name] and s.parts[name] > 0) or s.scaled == name
+        if own:
+            out[name] = "guaranteed at visited states (in expectation)" if _is_sampled(main) else "guaranteed at visited states"
+        else:
+            out[name] = UNDECIDED if lower else "not guaranteed (counterexample at one state)"
+    return out
+
+
+def _is_sampled(found: list[View]) -> bool:
+    return any(v.sampled for v in found)
+
+
+def _routed(spec: Spec, view: View) -> dict[str, str]:
+    """Rules P3 and P7: candidates in deficit, a trigger that punishes only excess, and for
+    KL(student ‖ T) a centred trigger."""
+    out = {RKL: UNDECIDED, FKL: UNDECIDED}
+    if view.credit.kind != "immediate":
+        return out
+    worlds = [field.random_world(seed, spread) for seed, spread in ((17, 1.3), (18, 0.6), (19, 2.2))]
+    seen = [x for w in worlds if (x := field.routed_steps(spec, view.term, w)) is not None]
+    if not seen:
+        return out
+    deficit = _in_deficit(view.term.routing.candidates)
+    punishes = all(x["punishes"] for x in seen)
+    centred = _reads_kl(view.term.routing.trigger)
+    measure = ", measured on the support with its bucket" if view.term.support.tail == "bin" else ""
+    for name, proved in ((FKL, deficit and punishes), (RKL, deficit and punishes and centred)):
+        key = "binned" if name == RKL and measure else name
+        if proved and all(x[key] for x in seen):
+            out[name] = "guaranteed on routed tokens" + (measure if name == RKL else "")
+        elif not all(x[name] for x in seen):
+            out[name] = "not guaranteed (counterexample at one state)"
+    return out
+
+
+def _in_deficit(mask: Node | None) -> bool:
+    """A conjunct student(v) < teacher(v), in probability or log-probability."""
+    stack = [mask] if mask is not None else []
+    while stack:
+        n = stack.pop()
+        if n.op == "and":
+            stack += n.args
+        elif n.op in ("lt", "le") and _value_of(n.args[0]) == "student":
+            if _value_of(n.args[1]) not in (None, "student", "initial"):
+                return True
+    return False
+
+
+def _value_of(n: Node) -> str | None:
+    """The distribution whose (log-)probability at an entry this is."""
+    while n.op in ("exp", "log", "sg", "at_set", "add_bin"):
+        n = n.args[0]
+    return str(n.attr("dist")) if n.op == "logp" else None
+
+
+def _reads_kl(trigger: Node | None) -> bool:
+    """Whether the trigger compares with a divergence at the state (centred)."""
+    if trigger is None:
+        return False
+    return any(n.op == "sum_v" and n.q.low < 0 for n in nodes_below([trigger]))
+
+
+def routing(found: list[View]) -> str:
+    """Where mass goes when a sampled token is punished."""
+    out = []
+    for v in found:
+        how = v.term.routing
+        if v.term.kind != "feedback":
+            continue
+        if v.term.route != "reward":
+            text = "implicit: the loss itself says where mass goes" if v.term.teachers else ""
+        elif how.kind == "suppress":
+            text = "suppress: a punished token's mass spills over the softmax"
+        elif how.kind == "counterfactual":
+            text = f"counterfactual: to the candidates, {how.otherwise} where there is none"
+        elif how.kind == "proportional":
+            text = "proportional: the other tokens keep their ratios"
+        elif how.kind == "drop":
+            text = "drop: punished tokens are ignored"
+        else:
+            text = "local: a divergence replaces the punishment"
+        if text and text not in out:
+            out.append(text)
+    return "; ".join(out) or "none"
+
+
+def variance(spec: Spec, found: list[View]) -> str:
+    """Order of the second moment in the response length T (T6), and where it comes from."""
+    main = [v for v in found if v.term.rows == "main" and v.term.kind == "feedback"]
+    kinds = [v.credit.kind for v in main]
+    parts = []
+    if any(k in ("return_to_go", "full", "future") for k in kinds):
+        word = "later tokens only, O(T⁴) bound" if set(kinds) & {"future"} else "O(T⁴) bound"
+        base = any(v.term.baseline for v in main)
+        parts.append(f"return: {word}" + (", lowered by a baseline" if base else ""))
+    if "gae" in kinds:
+        parts.append("return: set by λ and the critic, between O(T²) and O(T⁴)")
+    if "discounted" in kinds:
+        gamma = next(v.credit.gamma for v in main if v.credit.kind == "discounted")
+        parts.append(f"return: O(T² · min(T, 1/(1 − {gamma:g}))²) bound")
+    if "window" in kinds:
+        parts.append("return: O(T² n²) bound for a window of n")
+    if "immediate" in kinds:
+        parts.append("own token: sampled, O(T²) bound")
+    if any(v.term.route != "reward" and v.sampled for v in main):
+        parts.append("own token: sampled")
+    if any(v.term.route != "reward" and not v.sampled for v in main):
+        parts.append("own token: exact at the state" if len(main) == 1 or "future" in kinds else "direct terms: exact at the state")
+    if "other" in kinds:
+        parts.append("return: not decided")
+    return "; ".join(parts) or UNDECIDED
+
+
+def estimates(found: list[View]) -> list[dict[str, str]]:
+    """Per term: what it estimates and how."""
+    return [
+        {
+            "term": v.term.name,
+            "route": v.term.route,
+            "credit": v.credit.kind if v.term.route == "reward" else "–",
+            "objective": v.objective,
+        }
+        for v in found
+    ]
+
+
+__all__ = ["on_policy", "passport", "pretty", "static_value"]
