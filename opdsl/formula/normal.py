@@ -367,8 +367,9 @@ class Normal:
 
     def _where(self, n: Node, at: str) -> Poly:
         test, yes, no = n.args
-        if _guarded(test, yes, no):
-            return self.poly(yes, at)
+        side = _guarded(test, yes, no)
+        if side is not None:
+            return self.poly(side, at)
         c = self.truth(test, at)
         gap = plus(self.poly(yes, at), self.poly(no, at), -1.0)
         return plus(self.poly(no, at), times(c, gap))
@@ -406,9 +407,7 @@ class Normal:
         if n.op != "lt" or not n.args[0].is_const(0):
             return False
         inner = self.poly(n.args[1], at)
-        return len(inner) == 1 and all(
-            c > 0 and m and all(x.kind in ("P", "exp") for x, _ in m) for m, c in inner.items()
-        )
+        return bool(inner) and all(c > 0 and all(_grows(x) for x, _ in m) for m, c in inner.items())
 
     def opposite(self, x: Atom, y: Atom) -> bool:
         """Whether two conditions are a < b and b < a."""
@@ -575,9 +574,30 @@ def _is_floor(n: Node) -> bool:
     return n.op == "lt" and n.args[0].op == "const" and n.args[0].value == TAIL_FLOOR
 
 
-def _guarded(test: Node, yes: Node, no: Node) -> bool:
-    """`where(0 < x, x, 1)`: a denominator that may be an empty sum."""
-    return test.op == "lt" and test.args[0].is_const(0) and test.args[1] is yes and no.is_const(1)
+def _guarded(test: Node, yes: Node, no: Node) -> Node | None:
+    """The side that counts of a guard against 0/0 or log 0; None where the test is a real one.
+
+    `where(0 < x, x, 1)` is a denominator that may be an empty sum; `where(x = 0 and y = 0, 0, z)`
+    and `where(0 < x, z / x, 0)` are slopes of quotients and logarithms.
+    """
+    if test.op == "lt" and test.args[0].is_const(0):
+        x = test.args[1]
+        if x is yes and no.is_const(1):
+            return yes
+        slope = yes.args[0] if yes.op == "neg" else yes
+        if no.is_const(0) and slope.op == "div" and slope.args[1] is x:
+            return yes
+    if test.op == "and" and yes.is_const(0):
+        if all(x.op == "eq" and any(a.is_const(0) for a in x.args) for x in test.args):
+            return no
+    return None
+
+
+def _grows(x: Atom) -> bool:
+    """An atom that is positive wherever a softmax is."""
+    if x.kind == "sum":
+        return all(a.kind in ("P", "exp") for a, _ in x.key[1])  # type: ignore[index]
+    return x.kind in ("P", "exp", "count")
 
 
 # ---- means and softmaxes over rows ----------------------------------------------------------------

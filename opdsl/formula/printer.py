@@ -59,9 +59,9 @@ class Printer:
 
     def __init__(self, normal: Normal, symbols: Symbols):
         self.normal, self.symbols = normal, symbols
-        self.time, self.row = "t", ""
+        self.time, self.row, self.star = "t", "", False  # star: rows of given text
         self.divergences: dict[tuple, Divergence] = {}
-        self.ratios: dict[tuple, tuple[Dist, Dist]] = {}
+        self.ratios: dict[tuple[Dist, Dist], bool] = {}  # pair -> printed at y as well
         self.layout = Layout(self)
 
     # -- entrances -----------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Printer:
                 return self.total(sid, {inner: 1.0}, "mean")
             case "count":
                 s = self.symbols.set(self.normal.sets[x.key])  # type: ignore[index]
-                return Sym("V", "V") if s is None else Wrap("abs", s)
+                return Wrap("abs", Sym("V", "V") if s is None else s)
             case "exp":
                 return self._exponential(dict(x.key))  # type: ignore[call-overload]
             case "abs":
@@ -129,8 +129,9 @@ class Printer:
     def index(self, at: str) -> Math:
         if at == "y":
             t = self.time if len(self.time) == 1 else "{" + self.time + "}"
-            row = f"^{self.row}" if self.row else ""
-            up = f"^{{{self.row}}}" if self.row else ""
+            mark = "*" if self.star else self.row
+            row = mark if self.star else f"^{mark}" if mark else ""
+            up = f"^{{{mark}}}" if mark else ""
             return Sym(f"y_{t}{row}", f"y_{{{self.time}}}{up}")
         return Sym("rest", r"\mathrm{rest}") if at == "rest" else Sym("v", "v")
 
@@ -146,7 +147,7 @@ class Printer:
         left, right = (a[1], b[1]) if hat else (a, b)
         own = left == leaf("student") and self.symbols.teacher is not None
         if own and right == leaf(self.symbols.teacher) and not self.symbols.plain:  # type: ignore[arg-type]
-            self.ratios[a, b] = (a, b)
+            self.ratios[a, b] = self.ratios.get((a, b), False) or x.at == "y"
             mark = "\u0302" if a[0] == "renorm" else ""
             letter = Named(f"ℓ{mark}", r"\hat{\ell}" if mark else r"\ell").at(self.time, self.row)
             return letter if x.at == "y" else Call(letter, (self.index(x.at),))

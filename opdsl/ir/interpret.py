@@ -261,6 +261,9 @@ class Evaluator:
         y = self.batch.tokens_N[:, None]
         if s is None:
             return torch.arange(self.z_NV.shape[1])[None, :] == y
+        if s[0] == "bin" if isinstance(s[0], str) else False:  # type: ignore[index]
+            ids = s[1][0]  # type: ignore[index]
+            return torch.cat([ids == y, torch.zeros_like(y, dtype=torch.bool)], 1)
         return s[0] == y  # type: ignore[index]
 
     def _in_set(self, n: Node, inner: object, outer: object) -> Tensor:

@@ -413,8 +413,10 @@ class Elaborator(Inliner):
             and isinstance(pair[0], vl.IndexV)
             and isinstance(pair[1], vl.IndexY)
         ):
-            same = self.b.is_y(pair[0].domain.base)
+            same = self.b.is_y(pair[0].domain.set)  # the bucket of a tail is no token
             return vl.Num(same if e.op == "==" else self.b.not_(same))
+        if e.op in ("==", "!=") and isinstance(left, vl.IndexY) and isinstance(right, vl.IndexY):
+            return vl.Num(self.b.flag(e.op == "=="))
         self.fail(
             "OPD202", e.span, "indices can only be tested as v == y or v != y", "not such a test"
         )

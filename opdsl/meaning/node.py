@@ -243,9 +243,9 @@ class Builder:
             return b
         if b.is_const(0) and b.q.axis <= a.q.axis:
             return a
-        if a.op == "neg":
+        if _negated(a):
             return self.sub(b, a.args[0])
-        if b.op == "neg":
+        if _negated(b):
             return self.sub(a, b.args[0])
         if a.op == b.op == "const":
             return self.const(a.value + b.value, join_units(a, b))
@@ -260,7 +260,7 @@ class Builder:
             return a
         if a.is_const(0):
             return self.neg(b)
-        if b.op == "neg":
+        if _negated(b):
             return self.add(a, b.args[0])
         if a.op == b.op == "const":
             return self.const(a.value - b.value, join_units(a, b))
@@ -285,11 +285,11 @@ class Builder:
             return self.neg(a)
         if a.op == b.op == "const":
             return self.const(a.value * b.value, product_unit(a, b))
-        if a.op == "neg" and b.op == "neg":
+        if _negated(a) and _negated(b):
             return self.mul(a.args[0], b.args[0])
-        if a.op == "neg":
+        if _negated(a):
             return self.neg(self.mul(a.args[0], b))
-        if b.op == "neg":
+        if _negated(b):
             return self.neg(self.mul(a, b.args[0]))
         if b.op == "const" and _plain_multiple(a):
             return self.mul(a.args[0], self.const(a.args[1].value * b.value))
@@ -317,7 +317,7 @@ class Builder:
             return self.exp(self.sub(a.args[0], b.args[0]))
         if a.is_const(1) and b.op == "exp":
             return self.exp(self.neg(b.args[0]))
-        if a.op == "neg":
+        if _negated(a):
             return self.neg(self.div(a.args[0], b))
         if a.op == "mul" and b in a.args:
             return a.args[1] if a.args[0] is b else a.args[0]
@@ -327,7 +327,7 @@ class Builder:
 
     def neg(self, a: Node) -> Node:
         a = self.number(a)
-        if a.op == "neg":
+        if _negated(a):
             return a.args[0]
         if a.op == "const":
             return self.const(-a.value, a.q.unit)
@@ -487,7 +487,7 @@ class Builder:
         x = self.number(x)
         if x.is_const(0):
             return x
-        if x.op == "neg":
+        if _negated(x):
             return self.neg(self.sum_v(x.args[0], set_))
         signed = x.q.low < 0
         low = 0.0 if not signed else -qt.INF
@@ -550,6 +550,10 @@ class Builder:
 # ---- units -------------------------------------------------------------------------------
 
 NEUTRAL = frozenset({"real", "int", "weight", "gate", "bool"})
+
+
+def _negated(a: Node) -> bool:
+    return a.op == "neg" and a.attr("unit") is None
 
 
 def _plain_multiple(a: Node) -> bool:

@@ -7,7 +7,7 @@ from opdsl.meaning.builtins import named, normalized, word
 from opdsl.meaning.infer import Elaborator, Env
 from opdsl.meaning.names import closest
 from opdsl.meaning.node import Node, compatible_units
-from opdsl.meaning.quantity import Axis
+from opdsl.meaning.quantity import Axis, Info, Quantity
 from opdsl.meaning.spec import Routing
 from opdsl.syntax import tree
 
@@ -69,7 +69,9 @@ def centred_logit(el: Elaborator) -> Node:
     full = b.set_("full")
     real = _real(el)
     total = b.sum_v(b.where(real, lp, b.const(0.0)), full)
-    count = b.sum_v(b.where(real, b.const(1.0), b.const(0.0)), full)
+    ones = b.where(real, b.const(1.0), b.const(0.0))
+    words = Quantity(Axis.TOK, "real", 1.0, float("inf"), Info.STATE)  # never an empty vocabulary
+    count = b.make("sum_v", (ones, full), words)
     return b.sub(b.at_y(lp), b.div(total, count))
 
 

@@ -7,6 +7,7 @@ formula written by hand is treated like the library's. Theory: T1–T9, §6, §7
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -137,12 +138,11 @@ class View:
 
     @cached_property
     def divergence(self) -> str:
-        """The loss in words of distributions: `KL(student ‖ T)`, `JSD_β(T ‖ student)`."""
-        from opdsl.formula.naming import named
-        from opdsl.formula.notation import unicode
-
-        names = named(self.spec, plain=True)
-        return unicode(names.printer.expr(expand_tails(self.spec.builder, self.term.loss)))
+        """The loss in words of distributions, `KL(student ‖ T)`; else as it was written."""
+        found = field.divergence(self.spec, self.term)
+        if found is not None:
+            return re.sub(r"\bT\b", self.teacher, found)
+        return " ".join(self.term.written.get("feedback", "a loss").split())
 
     @cached_property
     def teacher(self) -> str:
@@ -235,7 +235,7 @@ class View:
         run = field.Evaluator(world)
         try:
             r = run.token(self.term.signal) if self.term.signal is not None else None
-        except (field._Unknown, ValueError):
+        except (field.Unknown, ValueError):
             return False
         if r is None:
             return False

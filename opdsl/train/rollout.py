@@ -84,7 +84,8 @@ def inverse_cdf(logprobs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Ten
     point_B1 = (uniform_B.to(cdf_BV).unsqueeze(-1) * total_B1)
     # A product rounded up to the total would fall behind the last token.
     point_B1 = torch.minimum(point_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(-1)
+    token_B = torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(-1)
+    return token_B.clamp(max=cdf_BV.shape[-1] - 1)  # a row of NaN is found past the end
 
 
 def decode(
@@ -110,7 +111,7 @@ def decode(
     is recorded.
 
     Raises ValueError for no prompts, an empty prompt, or settings outside their range, and
-    FloatingPointError if the model's logits are not finite (it names the first such row).
+    NonFiniteLogits (a FloatingPointError) where the model's logits are no distribution.
     """
     _check(prompts, max_new_tokens, temperature, top_p, top_k)
     stops = (eos,) if isinstance(eos, int) else tuple(eos)
@@ -142,6 +143,23 @@ def _check(prompts, max_new_tokens, temperature, top_p, top_k) -> None:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
+
+
+class NonFiniteLogits(FloatingPointError):
+    """The model's logits gave no distribution; `row` and `position` say where, from 0."""
+
+    def __init__(self, row: int, position: int):
+        self.row, self.position = row, position
+        super().__init__(
+            f"the model's logits for response {row}, position {position} are not finite,"
+            " so nothing can be sampled from them"
+        )
+
+
+def _check_finite(logprobs_BT: torch.Tensor) -> None:
+    bad = torch.isnan(logprobs_BT).nonzero()
+    if len(bad):
+        raise NonFiniteLogits(*bad[0].tolist())
 
 
 def _takes_cache(model) -> bool:
@@ -233,6 +251,7 @@ def _cached_loop(model, prompts, max_new, stops, pad, settings, generator, devic
         out = model(**step)
         cache, logits_BV = out.past_key_values, out.logits[:, -1]
 
+    _check_finite(logprobs_BT)
     T = int(lengths_B.max())
     return Rollouts(tokens_BT[:, :T], lengths_B, logprobs_BT[:, :T], finished_B)
 
@@ -249,7 +268,7 @@ def _hf_generate(model, prompts, max_new, stops, pad, settings, generator, devic
         mask_BP = torch.ones_like(ids_BP, dtype=torch.bool)
     chosen: dict = {"do_sample": False}
     if not greedy:
-        chosen = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
+        chosen = {"do_sample": True, "temperature": float(temperature), "top_p": top_p, "top_k": top_k or 0}
     seed = int(torch.randint(2**62, (1,), generator=generator))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -276,6 +295,7 @@ def _hf_generate(model, prompts, max_new, stops, pad, settings, generator, devic
             else sampling_logprobs(logits_BV, temperature, top_p, top_k)
         )
         logprobs_BT[:, t] = logp_BV.gather(-1, tokens_BT[:, t : t + 1]).squeeze(-1)
+    _check_finite(logprobs_BT)
     inside_BT = torch.arange(T, device=device) < lengths_B.unsqueeze(-1)
     return Rollouts(
         tokens_BT.masked_fill(~inside_BT, pad),

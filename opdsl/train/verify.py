@@ -133,7 +133,7 @@ def normalise(string: str) -> str:
 _DIGITS = rf"\d{{1,{MAX_DIGITS}}}"
 _UNSIGNED = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?:\.{_DIGITS})?|{_DIGITS}(?:\.{_DIGITS})?|\.{_DIGITS})"
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>[-+−]?)\$?(?P<top>{_UNSIGNED})(?:[eE](?P<exp>[-+]?\d{{1,3}}))?"
+    rf"(?<![\w.])(?P<sign>[-+−]?)\$?(?P<top>{_UNSIGNED})(?!\d)(?:[eE](?P<exp>[-+]?\d{{1,3}}))?"
     rf"(?:\s?/\s?(?P<bottom>{_UNSIGNED}))?(?P<percent>\s?%)?",
     re.ASCII,
 )
@@ -151,11 +151,10 @@ def last_number(string: str) -> Decimal | None:
 
 
 def _last(string: str) -> Decimal | None:
-    match = None
-    for match in _NUMBER.finditer(string):
-        pass
-    if match is None:
+    matches = list(_NUMBER.finditer(string))
+    if not matches:
         return None
+    match = matches[-1]
     try:
         value = Decimal(match["top"].replace(",", ""))
         if match["exp"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from opdsl.train.embedded.tasks import Task, get_task
 from opdsl.train.rollout import decode
 
 Progress = Callable[[str, float, str], None]
+_INITIALISING = threading.Lock()  # fresh weights come from torch's one global generator
 _VALIDATION = 256  # rows of each accuracy check while a model is being trained
 
 
@@ -89,7 +91,7 @@ def new_model(recipe: ModelRecipe, seed: int):
         shape["rope_parameters"] = {"rope_type": "default", "rope_theta": recipe.rope_theta}
     else:
         shape["rope_theta"] = recipe.rope_theta
-    with torch.random.fork_rng(devices=[]):
+    with _INITIALISING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(chain.stream("weights", recipe.role, seed).integers(2**62)))
         model = LlamaForCausalLM(LlamaConfig(**shape))
     return model.float()
@@ -237,7 +239,7 @@ def save(model, path: Path, progress: Progress | None = None, role: str = "") ->
     from safetensors.torch import save as to_bytes
 
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    data = to_bytes(tensors, metadata={"format": "pt", "sha256": _digest(tensors)})
+    data = to_bytes(tensors, metadata={"sha256": _digest(tensors)})
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{time.monotonic_ns()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,442 @@
+"""`explain`: the derived formula, its gradient, what it needs, and the passport.
+
+Everything comes from the typed specification and its program; models, data and other settings of
+a `run` block never change a character (the run fingerprint belongs to a run, so it reads "–" here).
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from opdsl.formula.gradient import STEP, Field
+from opdsl.formula.naming import Definition
+from opdsl.formula.notation import ADD, MUL, Add, Big, Ind, Math, Mul, broken, latex, number, unicode
+from opdsl.formula.sections import Block, Formula, display, formula, one_line
+from opdsl.meaning.spec import ParamValue, Schedule, Spec, StateSource, TeacherDecl
+
+if TYPE_CHECKING:
+    from opdsl.compilation import Compilation
+
+WIDTH, LABEL = 100, 12
+FORMATS = ("text", "json", "latex", "markdown")
+
+
+def explain(compilation: Compilation, format: str = "text") -> str:
+    """The explanation of a compiled method in one of FORMATS.
+
+    Raises ValueError for another format and CompileError when the spec has errors.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}: use {', '.join(FORMATS)}")
+    found = Explanation(compilation)
+    return {
+        "text": found.text,
+        "json": found.json,
+        "latex": found.latex,
+        "markdown": found.markdown,
+    }[format]()
+
+
+class Explanation:
+    """One method, ready to be printed."""
+
+    def __init__(self, compilation: Compilation):
+        from opdsl.ir.needs import needs
+        from opdsl.passport.report import passport
+
+        self.spec, self.program = compilation.require()
+        self.formula = formula(self.spec, self.program)
+        self.passport = passport(compilation)
+        self.needs = needs(self.program)
+        prints = {**self.passport["fingerprints"], "run": "–"}
+        self.passport["fingerprints"] = prints
+
+    # -- text ----------------------------------------------------------------------------------
+    def text(self) -> str:
+        p = self.passport
+        lines = [_heading(self.spec), ""]
+        lines += _row("states", "; ".join(states(self.spec)))
+        lines += _row("teacher", "; ".join(teachers(self.spec)) or "none")
+        lines += _row("support", "; ".join(self.supports()))
+        lines += _row("route", route(self.spec))
+        lines += ["", *self._loss(), ""]
+        lines += _column("where", [_definition(d) for d in self.formula.where])
+        lines += _row("knobs", "     ".join(knobs(self.formula)), keep=True)
+        lines += _column("gradient", self._gradient())
+        lines += _row("needs", self._needs())
+        lines += _column("bias", self._bias())
+        lines += _column("objective", _as_list(p["objective"]))
+        lines += _row("", f"gradient of a scalar: {_answer(p['conservative'], p['conservative_reason'])}")
+        lines += _row("fixed point", p["fixed_point"] + self._stationary())
+        lines += _row("routing", p["routing"])
+        lines += _row("descent", self._descent())
+        lines += _row("variance", p["variance"])
+        lines += _row("evidence", p["evidence"] or "not stated")
+        ids = p["fingerprints"]
+        lines += _row("ids", f"method {ids['method']}   optimize {ids['optimize']}   run {ids['run']}")
+        return "\n".join(line.rstrip() for line in lines) + "\n"
+
+    def _loss(self) -> list[str]:
+        out: list[str] = []
+        for i, b in enumerate(self.formula.blocks):
+            out += _block(b, "L(θ) = " if i == 0 else "     + ")
+        return out
+
+    def _gradient(self) -> list[str]:
+        out: list[str] = []
+        several = len({f.term for f in self.formula.gradient}) > 1
+        for f in self.formula.gradient:
+            label = f"{f.term.split('.')[-1]}: " if several else ""
+            head = f"{label}{unicode(f.left)} = "
+            lines = broken(f.right, WIDTH - LABEL - 2, head, " " * len(head))
+            lines[-1] += _where_it_acts(f)
+            out += [line for x in lines for line in _wrapped(x, WIDTH - LABEL, " " * len(head))]
+        if not out:
+            out.append("c_t = 0")
+        tail = STEP
+        if any(f.shifted for f in self.formula.gradient):
+            tail += "; multiples of π_θ(v) drop out of it"
+        if several:
+            tail += "; each c times its weight and gate"
+        return [*out, tail]
+
+    def _needs(self) -> str:
+        parts = [f"{n}: {a}" for n, a in self.needs.teachers.items()]
+        tensors = [t.replace("_", " ") for t in self.needs.tensors]
+        if tensors:
+            parts.append("with the batch: " + ", ".join(tensors))
+        passes = "two student passes (rows are coupled through its statistics)"
+        parts.append(passes if self.needs.coupled else "one student pass")
+        return "; ".join(parts)
+
+    def _bias(self) -> list[str]:
+        seen: dict[str, str] = {}
+        for b in self.passport["biases"]:
+            if b["slug"] in seen:
+                continue
+            tail = f" (accepted: {b['accepted']})" if b["accepted"] else " (not accepted)"
+            seen[b["slug"]] = f"{b['code']} {b['slug']}: {b['statement']}{tail}"
+        rows = list(seen.values()) or ["none found"]
+        if len(rows) > 3:  # many: the reasons are in the spec and in --format json
+            rows = [r[: r.index(" (")] + (" (accepted)" if "(accepted" in r else " (not accepted)") for r in rows]
+        return rows
+
+    def _stationary(self) -> str:
+        answer = self.passport["stationary_at_teacher"]
+        if answer is None or self.passport["fixed_point"].startswith("π_"):
+            return ""
+        return "; stationary at the teacher" if answer else "; not stationary at the teacher"
+
+    def _descent(self) -> str:
+        d = self.passport["descent"]
+        parts: dict[str, list[str]] = {}
+        for name, text in d.items():
+            parts.setdefault(text, []).append(name.replace("||", " ‖ "))
+        return "; ".join(f"{', '.join(names)}: {text}" for text, names in parts.items())
+
+    def supports(self) -> list[str]:
+        """The index sets of the feedback terms, in words."""
+        out: list[str] = []
+        tails = {
+            "bin": "one entry for the rest",
+            "renormalize": "both sides renormalised on it",
+            "drop": "the rest dropped",
+            "detach": "the rest dropped, logarithms held",
+            "sampled": "the rest by its sampled token",
+        }
+        for t in self.spec.feedback_terms:
+            s = t.support
+            if s.base.op == "full":
+                text = "the full vocabulary"
+            elif s.base.op == "sampled":
+                text = "the sampled token"
+            else:
+                text = unicode(self.formula.names.symbols.described(s.base))
+                text += f", {tails[s.tail]}" if s.tail else ""
+            if text not in out:
+                out.append(text)
+        return out
+
+    # -- other formats -------------------------------------------------------------------------
+    def data(self) -> dict[str, Any]:
+        spec = self.spec
+        return {
+            "method": spec.name,
+            "title": spec.title,
+            "cites": [{"kind": k, "value": v} for k, v in spec.cites],
+            "route": "+".join(dict.fromkeys(t.route for t in spec.feedback_terms)),
+            "states": states(spec),
+            "teachers": teachers(spec),
+            "support": self.supports(),
+            "formula": one_line(self.formula),
+            "where": [_definition(d) for d in self.formula.where],
+            "latex": display(self.formula),
+            "where_latex": [_definition_latex(d) for d in self.formula.where],
+            "gradient": "\n".join([*(_field(f) for f in self.formula.gradient), STEP]),
+            "gradient_latex": [_field_latex(f) for f in self.formula.gradient],
+            "knobs": [_knob(p) for p in spec.params],
+            "needs": {
+                "teachers": dict(self.needs.teachers),
+                "tensors": list(self.needs.tensors),
+                "critics": list(self.needs.values),
+                "coupled": self.needs.coupled,
+            },
+            "passport": self.passport,
+            "fingerprints": self.passport["fingerprints"],
+        }
+
+    def json(self) -> str:
+        return json.dumps(self.data(), indent=2, ensure_ascii=False) + "\n"
+
+    def latex(self) -> str:
+        """One formula: L(θ), then its definitions and gradient, each on a line of its own."""
+        rows = [display(self.formula)]
+        rows += [_definition_latex(d) for d in self.formula.where]
+        rows += [_field_latex(f) for f in self.formula.gradient]
+        return ",\\qquad\n".join(rows) + "\n"
+
+    def markdown(self) -> str:
+        p, spec = self.passport, self.spec
+        out = [f"# {spec.name}", "", spec.title or "", ""]
+        out += ["$$", display(self.formula), "$$", ""]
+        out += [f"- ${_definition_latex(d)}$" + (f" ({d.note})" if d.note else "") for d in self.formula.where]
+        out += ["", "Gradient, with $\\partial L/\\partial z = (\\sum_v c)\\,\\pi_\\theta - c$:", ""]
+        out += [f"- ${_field_latex(f)}$" for f in self.formula.gradient]
+        rows = [
+            ("states", "; ".join(states(spec))),
+            ("teacher", "; ".join(teachers(spec))),
+            ("support", "; ".join(self.supports())),
+            ("route", route(spec)),
+            ("knobs", ", ".join(knobs(self.formula))),
+            ("needs", self._needs()),
+            ("bias", "; ".join(self._bias())),
+            ("objective", "; ".join(_as_list(p["objective"]))),
+            ("gradient of a scalar", _answer(p["conservative"], p["conservative_reason"])),
+            ("fixed point", p["fixed_point"] + self._stationary()),
+            ("routing", p["routing"]),
+            ("descent", self._descent()),
+            ("variance", p["variance"]),
+            ("evidence", p["evidence"] or "not stated"),
+            ("ids", ", ".join(f"{k} `{v}`" for k, v in p["fingerprints"].items())),
+        ]
+        out += ["", "| | |", "|---|---|"]
+        out += [f"| {k} | {_cell(v)} |" for k, v in rows if v]
+        return "\n".join(out) + "\n"
+
+
+# ---- words about a method -----------------------------------------------------------------------
+
+
+def states(spec: Spec) -> list[str]:
+    """Whose prefixes, one phrase per source."""
+    out = []
+    for s in spec.states:
+        share = _share(s)
+        if s.kind == "sequences":
+            out.append(f"{share}y from {'the given data' if s.policy == 'data' else s.policy}")
+            continue
+        who = {"student": "π_θ", "old": f"π_θ of {s.lag} step{'s' * (s.lag != 1)} ago"}
+        text = f"{share}y ~ {who.get(s.policy, 'π_' + s.policy)}(· | x)"
+        bits = [f"{s.group} per prompt", f"temperature {s.temperature:g}"]
+        if s.top_p != 1:
+            bits.append(f"top-p {s.top_p:g}")
+        if s.top_k is not None:
+            bits.append(f"top-k {s.top_k}")
+        if s.max_tokens is not None:
+            bits.append(f"at most {s.max_tokens:,} tokens")
+        if s.prefix is not None:
+            bits.append(f"continuing the first {s.prefix} given tokens")
+        out.append(text + ": " + ", ".join(bits))
+    return out
+
+
+def _share(s: StateSource) -> str:
+    if isinstance(s.share, Schedule):
+        over = "the run" if s.share.over is None else f"{s.share.over:g} steps"
+        return f"{s.share.start:.0%} → {s.share.stop:.0%} over {over} "
+    return "" if s.share == 1 else f"{s.share:.0%} "
+
+
+def teachers(spec: Spec) -> list[str]:
+    out = []
+    for t in spec.teachers:
+        out.append(f"{t.name} = {_kind(t)}" + (f" where {t.when[0]} is {t.when[1]}" if t.when else ""))
+    for r in spec.routed:
+        out.append(f"{r.name} = the one of {', '.join(r.parts)} that fits the prompt")
+    return out
+
+
+def _kind(t: TeacherDecl) -> str:
+    access = {
+        "sampled": "log-probability of the sampled token",
+        "top": f"its top {t.k} and the sampled token",
+        "score_ids": "log-probabilities of chosen tokens",
+        "logits": "full logits",
+        "text": "text only",
+    }[t.access]
+    match t.kind:
+        case "self":
+            return f"the student with more context, {access}"
+        case "ema":
+            return f"a moving average of the student (decay {t.decay:g}), {access}"
+        case "initial":
+            return "the student at step 0, full logits"
+    return f"an external model, {access}"
+
+
+def route(spec: Spec) -> str:
+    words = {
+        "loss": "direct loss, differentiated through the student",
+        "reward": "frozen reward → credit → score function on y_t",
+        "scores": "frozen score per candidate → one score-function term each",
+    }
+    routes = dict.fromkeys(t.route for t in spec.feedback_terms)
+    if len(routes) == 1:
+        return words[next(iter(routes))]
+    parts = []
+    for r in routes:
+        names = ", ".join(t.name for t in spec.feedback_terms if t.route == r)
+        parts.append(f"{names}: {words[r]}")
+    return "; ".join(parts)
+
+
+def knobs(f: Formula) -> list[str]:
+    """`τ = 0.8 nats in [0, 12]`."""
+    out = []
+    for p in f.names.spec.params:
+        domain = f" in {p.domain_text}" if p.domain_text else ""
+        out.append(f"{f.names.symbols.param(p.name).u} = {_value(p)}{domain}")
+    return out
+
+
+def _value(p: ParamValue) -> str:
+    if isinstance(p.value, Schedule):
+        over = "the run" if p.value.over is None else f"{p.value.over:g} steps"
+        return f"{number(p.value.start)} → {number(p.value.stop)} over {over}"
+    unit = f" {p.unit}" if p.unit in ("nats", "bits") else ""
+    return f"{p.value:g}{unit}"
+
+
+def _knob(p: ParamValue) -> dict[str, Any]:
+    value = _value(p) if isinstance(p.value, Schedule) else p.value
+    return {"name": p.name, "value": value, "unit": p.unit, "domain": p.domain_text}
+
+
+# ---- lines -------------------------------------------------------------------------------------
+
+
+def _heading(spec: Spec) -> str:
+    cites = ", ".join(f"arXiv {v}" if k == "arxiv" else v for k, v in spec.cites)
+    left = f"{spec.name}   {spec.title or ''}".rstrip()
+    if cites and len(left) + len(cites) + 3 <= WIDTH:
+        return left + cites.rjust(WIDTH - len(left))
+    return left + (f"\n{cites.rjust(WIDTH)}" if cites else "")
+
+
+def _row(label: str, text: str, keep: bool = False) -> list[str]:
+    """One labelled entry, wrapped under its label. `keep` keeps runs of blanks inside."""
+    if not text:
+        return []
+    lines = _packed(text, WIDTH - LABEL - 2) if keep else _wrapped(text, WIDTH - LABEL - 2)
+    return _column(label, lines)
+
+
+def _column(label: str, lines: list[str]) -> list[str]:
+    out: list[str] = []
+    for line in lines:
+        out += _wrapped(line, WIDTH - LABEL - 2, "  ") if len(line) > WIDTH - LABEL - 2 else [line]
+    return [f"  {label if i == 0 else '':<{LABEL}}{line}" for i, line in enumerate(out)]
+
+
+def _packed(text: str, width: int) -> list[str]:
+    out: list[str] = []
+    for part in text.split("     "):
+        if out and len(out[-1]) + 5 + len(part) <= width:
+            out[-1] += "     " + part
+        else:
+            out.append(part)
+    return out
+
+
+def _wrapped(text: str, width: int, later: str = "") -> list[str]:
+    if len(text) <= width:
+        return [text]
+    lead = text[: len(text) - len(text.lstrip())]
+    return textwrap.wrap(
+        text.strip(), width, initial_indent=lead, subsequent_indent=lead or later,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _block(b: Block, head: str) -> list[str]:
+    """One reduction of L(θ), its denominator explained at the right."""
+    start = f"  {head}{b.u} "
+    whole = Add(b.items)
+    braces = len(b.items) > 1
+    single = unicode(whole, MUL) if not braces else "{ " + unicode(whole, ADD) + " }"
+    if len(start + single) <= WIDTH:
+        lines = [start + single]
+    else:
+        inner = start + "{ "
+        lines = broken(whole, WIDTH - 2, inner, " " * len(inner))
+        lines = [x for line in lines for x in _split(line, len(inner))]
+        lines[-1] += " }"
+    note = b.note
+    if note:
+        room = WIDTH - len(lines[-1])
+        if len(note) + 3 <= room:
+            lines[-1] += note.rjust(room)
+        else:
+            lines.append(note.rjust(WIDTH))
+    return lines
+
+
+def _split(line: str, indent: int) -> list[str]:
+    if len(line) <= WIDTH - 2:
+        return [line]
+    return textwrap.wrap(
+        line.strip(), WIDTH - 2, initial_indent=line[: len(line) - len(line.lstrip())],
+        subsequent_indent=" " * (indent + 2), break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _definition(d: Definition) -> str:
+    text = f"{unicode(d.left)} {d.op} {unicode(d.right)}"
+    return f"{text}   ({d.note})" if d.note else text
+
+
+def _definition_latex(d: Definition) -> str:
+    op = {"∝": r"\propto", "=": "="}[d.op]
+    return f"{latex(d.left)} {op} {latex(d.right)}"
+
+
+def _where_it_acts(f: Field) -> str:
+    text = f",  {unicode(f.place)}" if f.place is not None else ""
+    return text + (f"  (logits at temperature {f.temperature:g})" if f.temperature != 1 else "")
+
+
+def _field(f: Field) -> str:
+    return f"{f.term}: {unicode(f.left)} = {unicode(f.right)}{_where_it_acts(f)}"
+
+
+def _field_latex(f: Field) -> str:
+    place = rf",\ {latex(f.place)}" if f.place is not None else ""
+    return f"{latex(f.left)} = {latex(f.right)}{place}"
+
+
+def _answer(decided: bool | None, reason: str) -> str:
+    word = {True: "yes", False: "no", None: "not decided"}[decided]
+    return f"{word} ({reason})" if reason and reason != word else word
+
+
+def _as_list(x: str | list[str]) -> list[str]:
+    return [x] if isinstance(x, str) else list(x)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+__all__ = ["FORMATS", "Big", "Explanation", "Ind", "Math", "Mul", "explain"]

@@ -1,0 +1,303 @@
+"""The parts of an explanation that are mathematics: L(θ), what its letters mean, its gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opdsl.formula.gradient import Field, fields
+from opdsl.formula.naming import Definition, Names, named
+from opdsl.formula.normal import Dist, leaf
+from opdsl.formula.notation import (
+    Add,
+    Big,
+    Call,
+    Fn,
+    Frac,
+    Math,
+    Num,
+    Pow,
+    Rel,
+    Root,
+    Sym,
+    Text,
+    Wrap,
+    add,
+    latex,
+    mul,
+    number,
+    unicode,
+    words,
+)
+from opdsl.formula.recognise import Divergence
+from opdsl.ir.program import Part, Program, Row, expand_tails
+from opdsl.meaning.node import Node
+from opdsl.meaning.spec import Spec
+
+LONG = 56  # characters; a longer bracket inside a gated term gets a letter
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One reduction over rows: prefix (`1/N Σ_t`), what N is, and the signed summands."""
+
+    u: str
+    l: str
+    note: str
+    items: tuple[tuple[bool, Math], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    blocks: tuple[Block, ...]
+    where: tuple[Definition, ...]
+    gradient: tuple[Field, ...]
+    names: Names
+
+
+def formula(spec: Spec, program: Program) -> Formula:
+    """L(θ) of a method, its definitions and its coefficient fields."""
+    names = named(spec)
+    late: list[Definition] = []
+    blocks = [b for part in program.parts for b in _blocks(names, part, late)]
+    found = tuple(f for t in spec.terms for f in fields(names, t))
+    where = [*_sets(names), *names.definitions, *late]
+    where += _rest(names, where)
+    sets = [d for d in _sets(names) if d not in where]
+    return Formula(tuple(blocks), (*sets, *where), found, names)
+
+
+# ---- the loss --------------------------------------------------------------------------------
+
+
+def _blocks(names: Names, part: Part, late: list[Definition]) -> list[Block]:
+    groups: dict[int, list[Row]] = {}
+    for row in part.terms:
+        groups.setdefault(row.scale.id, []).append(row)
+    golden = part.rows == "golden"
+    out = []
+    for i, rows in enumerate(groups.values()):
+        mark = "*" if golden else ("′" * i)
+        u, l, note = _prefix(names, rows, mark, golden)
+        items: list[tuple[bool, Math]] = []
+        old, names.printer.star = names.printer.star, golden
+        for row in rows:
+            items += _items(names, row, late)
+        names.printer.star = old
+        out.append(Block(u, l, note, tuple(items)))
+    return out
+
+
+def _prefix(names: Names, rows: list[Row], mark: str, golden: bool) -> tuple[str, str, str]:
+    """The reduction, in unicode and LaTeX, and what its denominator is."""
+    text = "of the given text" if golden else "of the batch"
+    star = "^*" if golden else "'" * len(mark)
+    match names.spec.aggregate:
+        case "sum":
+            return "Σ_t", r"\sum_t", ""
+        case "tokens":
+            return f"1/N{mark} Σ_t", rf"\frac{{1}}{{N{star}}} \sum_t", f"N{mark} = response tokens {text}"
+        case "kept_tokens":
+            gate = unicode(names.printer.expr(rows[0].term.gate))
+            kept = f"Σ_t {gate}" if gate != "1" else "response tokens"
+            return f"1/N{mark} Σ_t", rf"\frac{{1}}{{N{star}}} \sum_t", f"N{mark} = {kept}, the kept tokens {text}"
+        case "response_length":
+            return f"Σ_i 1/|y{mark}| Σ_t", rf"\sum_i \frac{{1}}{{|y{star}|}} \sum_t", ""
+    return (
+        f"1/B{mark} Σ_i 1/|y{mark}| Σ_t",
+        rf"\frac{{1}}{{B{star}}} \sum_i \frac{{1}}{{|y{star}|}} \sum_t",
+        f"B{mark} = sequences {text}",
+    )
+
+
+def _items(names: Names, row: Row, late: list[Definition]) -> list[tuple[bool, Math]]:
+    """Signed summands of one term: weight · gate · loss."""
+    printer, term = names.printer, row.term
+    loss = printer.expr(expand_tails(names.spec.builder, term.loss))
+    factors = [
+        printer.expr(x) for x in (term.weight, term.gate) if not x.is_const(1)
+    ]
+    if not factors:
+        return list(loss.items) if isinstance(loss, Add) else [(True, loss)]
+    if isinstance(loss, Add) and len(loss.items) == 1:
+        sign, inner = loss.items[0]
+        return [(sign, mul([*factors, inner]))]
+    if isinstance(loss, Add) and len(unicode(loss)) > LONG:
+        short = term.name.split(".")[-1]
+        letter = Sym(f"L_{short}", f"L_{{{words(short)}}}")
+        late.append(Definition(letter, "=", loss))
+        loss = letter
+    return [(True, mul([*factors, loss]))]
+
+
+def one_line(f: Formula) -> str:
+    """`L(θ) = 1/N Σ_t {…}` in one line of unicode."""
+    out = ""
+    for b in f.blocks:
+        body = unicode(Add(b.items))
+        if len(b.items) > 1:
+            body = "{ " + body + " }"
+        elif not b.items[0][0]:
+            body = f"({body})"
+        out += (" + " if out else "") + f"{b.u} {body}"
+    return f"L(θ) = {out}"
+
+
+def display(f: Formula) -> str:
+    """The same in LaTeX."""
+    out = ""
+    for b in f.blocks:
+        body = latex(Add(b.items))
+        if len(b.items) > 1 or not b.items[0][0]:
+            body = rf"\left\{{ {body} \right\}}"
+        out += (" + " if out else "") + f"{b.l} {body}"
+    return rf"L(\theta) = {out}"
+
+
+# ---- definitions -------------------------------------------------------------------------------
+
+
+def _sets(names: Names) -> list[Definition]:
+    """Ω and how mass outside it counts, for every set that was printed."""
+    out = []
+    for key, base in names.symbols.used.items():
+        if key[0] != "set":
+            continue
+        assert isinstance(base, Node)
+        s = names.symbols.set(base)
+        assert s is not None
+        notes = []
+        if ("bin", base.id) in names.symbols.used:
+            notes.append(f"{s.u}⁺: and one entry for the rest")
+        tails = {t.support.tail for t in names.spec.terms if t.support.base is base}
+        if "renormalize" in tails:
+            notes.append(f"π̂(v) = π(v)/π({s.u})")
+        if "drop" in tails or "detach" in tails:
+            notes.append("the rest dropped")
+        if "sampled" in tails:
+            notes.append("the rest by its sampled token")
+        out.append(Definition(s, "=", names.symbols.described(base), "; ".join(notes)))
+    return out
+
+
+def _rest(names: Names, before: list[Definition]) -> list[Definition]:
+    """ℓ, mixtures, divergences, frozen and tempered policies, schedules, as far as printed."""
+    out: list[Definition] = []
+    done: set[tuple] = set()
+    for _ in range(3):  # a definition may print a letter that needs one itself
+        for a, b in list(names.printer.ratios):
+            if ("ratio", a, b) not in done:
+                done.add(("ratio", a, b))
+                out.append(_ratio(names, a, b))
+        for key in list(names.symbols.used):
+            if key in done or key[0] in ("set", "bin"):
+                continue
+            done.add(key)
+            out += _letter(names, key)
+        kinds: dict[str, list[Divergence]] = {}
+        for d in names.printer.divergences.values():
+            kinds.setdefault(d.kind, []).append(d)
+        for kind, found in kinds.items():
+            if ("div", kind) not in done:
+                done.add(("div", kind))
+                out.append(_divergence(names, found))
+    return sorted(out, key=lambda d: isinstance(d.left, Call) and d.op == "=" and "p" in unicode(d.left))
+
+
+def _ratio(names: Names, a: Dist, b: Dist) -> Definition:
+    from opdsl.formula.normal import Atom
+
+    printer = names.printer
+    left = printer.difference(Atom("diff", (a, b), "v"), True)
+    v = (Sym("v", "v"),)
+    gap = [(s, Fn("log", Call(names.symbols.dist(d), v))) for s, d in ((True, a), (False, b))]
+    note = "ℓ_t is ℓ_t(y_t)" if printer.ratios[a, b] else ""
+    return Definition(left, "=", add(gap), note)
+
+
+def _letter(names: Names, key: tuple) -> list[Definition]:
+    symbols = names.symbols
+    v = (Sym("v", "v"),)
+    match key[0]:
+        case "mix":
+            parts = []
+            for w, d in key[1][1]:
+                parts.append((True, mul([names.printer.poly(dict(w)), Call(symbols.dist(d), v)])))
+            return [Definition(Call(symbols.dist(key[1]), v), "=", add(parts))]
+        case "frozen":
+            s = symbols.dist(leaf(key[1], 1.0, True))
+            return [Definition(s, "=", symbols.dist(leaf(key[1])), "held constant")]
+        case "tempered":
+            t = Num(key[2])
+            s, base = symbols.dist(leaf(key[1], key[2])), symbols.dist(leaf(key[1]))
+            return [Definition(s, "∝", Pow(base, Frac(Num(1), t)), f"temperature {number(key[2])}")]
+        case "schedule":
+            n = symbols.used[key]
+            assert isinstance(n, Node)
+            over = "the run" if n.attr("over") is None else f"{n.attr('over'):g} steps"
+            text = f"{number(n.attr('start'))} → {number(n.attr('stop'))}, {n.attr('kind')} over {over}"  # type: ignore[arg-type]
+            return [Definition(Sym("η", r"\eta"), "=", Text(text))]
+    return []
+
+
+def _divergence(names: Names, found: list[Divergence]) -> Definition:
+    """What a divergence means, for arbitrary p and q."""
+    d = found[0]
+    hat = d.p[0] == "renorm"
+    p: Dist = leaf("'p")
+    q: Dist | None = leaf("'q") if d.q is not None else None
+    sets = {names.printer.normal.sets[x.set] for x in found}
+    several = len(sets) > 1
+    sid = next((s.id for s in sets if s.op == "full"), d.set) if several else d.set
+    if hat and not several:
+        p, q = ("renorm", p, d.set), ("renorm", q, d.set) if q is not None else None
+    generic = Divergence(d.kind, sid, p, q, d.weight, d.detached)
+    left = names.printer.divergence(generic)
+    names.printer.divergences = {
+        k: x for k, x in names.printer.divergences.items() if x is not generic
+    }
+    s = names.symbols.set(names.printer.normal.sets[sid])
+    v = Sym("v", "v")
+    under: Math = v if s is None else Rel("∈", v, s)
+    note = "over the set in the subscript" if several else "over the vocabulary" if s is None else ""
+    if d.detached:
+        note = "; ".join(x for x in (note, "logarithms held constant") if x)
+    return Definition(left, "=", _meaning(names, generic, under), note)
+
+
+def _meaning(names: Names, d: Divergence, under: Math) -> Math:
+    v = (Sym("v", "v"),)
+    p = Call(names.symbols.dist(d.p), v)
+    q = Call(names.symbols.dist(d.q), v) if d.q is not None else p
+    gap = Add(((True, p), (False, q)))
+    half = Num(0.5)
+    match d.kind:
+        case "KL":
+            return Big("Σ", under, mul([p, Fn("log", Frac(p, q))]))
+        case "H":
+            return Add(((False, Big("Σ", under, mul([p, Fn("log", p)]))),))
+        case "cross":
+            return Add(((False, Big("Σ", under, mul([p, Fn("log", q)]))),))
+        case "TV":
+            return mul([half, Big("Σ", under, Wrap("abs", gap))])
+        case "chi2":
+            return Big("Σ", under, Frac(Pow(gap, Num(2)), q))
+        case "hellinger":
+            return mul([half, Big("Σ", under, Pow(Add(((True, Root(p)), (False, Root(q)))), Num(2)))])
+        case "L2":
+            return Big("Σ", under, Pow(gap, Num(2)))
+    assert d.kind == "JSD" and d.weight is not None
+    beta = names.printer.poly(dict(d.weight))
+    other = add([(True, Num(1)), (False, beta)])
+    if isinstance(beta, Num):
+        other = Num(1 - beta.value)
+    m = Sym("m", "m")
+    pq = names.symbols.dist(d.p), names.symbols.dist(d.q)  # type: ignore[arg-type]
+    kls = [Call(Sym("KL", r"\mathrm{KL}"), (x, m), " ‖ ") for x in pq]
+    mix = add([(True, mul([beta, pq[0]])), (True, mul([other, pq[1]]))])
+    whole = add([(True, mul([beta, kls[0]])), (True, mul([other, kls[1]]))])
+    if any(key[0] == "mix" for key in names.symbols.used):
+        return whole
+    return Sym(f"{unicode(whole)},  m = {unicode(mix)}", rf"{latex(whole)},\ m = {latex(mix)}")
+
+
+__all__ = ["Block", "Formula", "display", "formula", "one_line"]
