@@ -92,10 +92,17 @@ def test_resuming_equals_the_uninterrupted_run(tmp_path, pair, kind, monkeypatch
     assert results(tmp_path / "cut" / "out") == results(tmp_path / "whole" / "out")
 
 
-def test_kills_at_random_moments(tmp_path, pair):
+def test_kills_at_random_moments(tmp_path, pair, monkeypatch):
     """SIGKILL, at any time, in a run that saves after every step."""
-    more = {"steps": 8, "save_every": 1, "eval_every": 4, "prompts": 4}
+    more = {"steps": 10, "save_every": 1, "eval_every": 5, "prompts": 4}
     train(FakeMethod("reverse"), settings(tmp_path / "whole", pair, **more))
+    write = checkpoint._write_file
+
+    def slow(path, data):  # half of the time is then spent saving, and a run outlives its killer
+        time.sleep(0.008)
+        return write(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write_file", slow)
     rng, killed = random.Random(5), 0
     for attempt in range(30):
         child = os.fork()
@@ -105,7 +112,7 @@ def test_kills_at_random_moments(tmp_path, pair):
                 os._exit(0)
             except BaseException:
                 os._exit(1)
-        time.sleep(rng.uniform(0.02, 0.35))
+        time.sleep(rng.uniform(0.02, 0.3))
         if attempt < 8:
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)

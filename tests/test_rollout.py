@@ -146,9 +146,9 @@ def test_generate_route_has_the_same_law(model, monkeypatch):
     for b in range(5):
         prompt, tokens = PROMPTS[b], out.rows()[b]
         for t, token in enumerate(tokens):
-            logp_V = sampling_logprobs(
-                logits_after(model, prompt + tokens[:t])[None], 0.8, 1.0, 4
-            )[0]
+            logp_V = sampling_logprobs(logits_after(model, prompt + tokens[:t])[None], 0.8, 1.0, 4)[
+                0
+            ]
             assert abs(float(logp_V[token]) - float(out.logprobs[b, t])) < 1e-5
         assert (EOS in tokens) == bool(out.finished[b]) and EOS not in tokens[:-1]
 

@@ -47,7 +47,7 @@ def compare(
     At a seed all methods start from the same models and see the same prompts. Finished runs in
     DIR are used again, so the same command continues a comparison that was stopped.
     """
-    with reported(as_json):
+    with reported(as_json, again="the same command"):
         from opdsl.cli.common import compiled
         from opdsl.method import Method
         from opdsl.train import study

@@ -181,8 +181,11 @@ def _dry_run(method, settings, as_json: bool) -> None:
 
 
 @contextmanager
-def reported(as_json: bool) -> Iterator[None]:
-    """Turn what a run can raise into one message and the right exit code."""
+def reported(as_json: bool, again: str = "the same command and --resume") -> Iterator[None]:
+    """Turn what a run can raise into one message and the right exit code.
+
+    again: what continues a run that a signal stopped.
+    """
     from opdsl.train.errors import Interrupted, RunProblem
 
     try:
@@ -196,7 +199,7 @@ def reported(as_json: bool) -> Iterator[None]:
     except Interrupted as stop:
         place = f"; saved in {stop.checkpoint}" if stop.checkpoint else ""
         click.echo(f"stopped by a signal after step {stop.step}{place}", err=True)
-        click.echo("continue with the same command and --resume", err=True)
+        click.echo(f"continue with {again}", err=True)
         raise click.exceptions.Exit(stop.exit_code) from None
     except KeyboardInterrupt:
         click.echo("interrupted before the first step", err=True)

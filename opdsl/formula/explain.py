@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from opdsl.formula.gradient import STEP, Field
 from opdsl.formula.naming import Definition
-from opdsl.formula.notation import ADD, MUL, Add, Big, Ind, Math, Mul, broken, latex, number, unicode
+from opdsl.formula.notation import MUL, Add, Math, broken, folded, latex, number, unicode
 from opdsl.formula.sections import Block, Formula, display, formula, one_line
 from opdsl.meaning.spec import ParamValue, Schedule, Spec, StateSource, TeacherDecl
 
 if TYPE_CHECKING:
     from opdsl.compilation import Compilation
 
-WIDTH, LABEL = 100, 12
+WIDTH, LABEL = 100, 16
 FORMATS = ("text", "json", "latex", "markdown")
 
 
@@ -62,13 +62,13 @@ class Explanation:
         lines += _row("support", "; ".join(self.supports()))
         lines += _row("route", route(self.spec))
         lines += ["", *self._loss(), ""]
-        lines += _column("where", [_definition(d) for d in self.formula.where])
+        lines += _column("where", self._where())
         lines += _row("knobs", "     ".join(knobs(self.formula)), keep=True)
         lines += _column("gradient", self._gradient())
         lines += _row("needs", self._needs())
         lines += _column("bias", self._bias())
         lines += _column("objective", _as_list(p["objective"]))
-        lines += _row("", f"gradient of a scalar: {_answer(p['conservative'], p['conservative_reason'])}")
+        lines += _row("conservative", _answer(p["conservative"], p["conservative_reason"]))
         lines += _row("fixed point", p["fixed_point"] + self._stationary())
         lines += _row("routing", p["routing"])
         lines += _row("descent", self._descent())
@@ -84,31 +84,37 @@ class Explanation:
             out += _block(b, "L(θ) = " if i == 0 else "     + ")
         return out
 
+    def _where(self) -> list[str]:
+        out: list[str] = []
+        for d in self.formula.where:
+            note = f"   ({d.note})" if d.note else ""
+            out += _formula_lines(f"{unicode(d.left)} {d.op} ", d.right, note)
+        if self.formula.glossary:
+            out += _wrapped(", ".join(self.formula.glossary), WIDTH - LABEL)
+        return out
+
     def _gradient(self) -> list[str]:
         out: list[str] = []
         several = len({f.term for f in self.formula.gradient}) > 1
         for f in self.formula.gradient:
             label = f"{f.term.split('.')[-1]}: " if several else ""
             head = f"{label}{unicode(f.left)} = "
-            lines = broken(f.right, WIDTH - LABEL - 2, head, " " * len(head))
-            lines[-1] += _where_it_acts(f)
-            out += [line for x in lines for line in _wrapped(x, WIDTH - LABEL, " " * len(head))]
+            out += _formula_lines(head, f.right, _where_it_acts(f))
         if not out:
             out.append("c_t = 0")
-        tail = STEP
+        remarks = []
         if any(f.shifted for f in self.formula.gradient):
-            tail += "; multiples of π_θ(v) drop out of it"
-        if several:
-            tail += "; each c times its weight and gate"
-        return [*out, tail]
+            remarks.append("multiples of π_θ(v) in c cancel")
+        if any(not x.is_const(1) for t in self.spec.terms for x in (t.gate, t.weight)):
+            remarks.append("gates and weights multiply c")
+        return [*out, STEP + (f"   ({'; '.join(remarks)})" if remarks else "")]
 
     def _needs(self) -> str:
-        parts = [f"{n}: {a}" for n, a in self.needs.teachers.items()]
+        parts = [f"{n} with access {a}" for n, a in self.needs.teachers.items()]
         tensors = [t.replace("_", " ") for t in self.needs.tensors]
         if tensors:
             parts.append("with the batch: " + ", ".join(tensors))
-        passes = "two student passes (rows are coupled through its statistics)"
-        parts.append(passes if self.needs.coupled else "one student pass")
+        parts.append("a first pass without gradient" if self.needs.coupled else "one student pass")
         return "; ".join(parts)
 
     def _bias(self) -> list[str]:
@@ -118,10 +124,12 @@ class Explanation:
                 continue
             tail = f" (accepted: {b['accepted']})" if b["accepted"] else " (not accepted)"
             seen[b["slug"]] = f"{b['code']} {b['slug']}: {b['statement']}{tail}"
-        rows = list(seen.values()) or ["none found"]
-        if len(rows) > 3:  # many: the reasons are in the spec and in --format json
-            rows = [r[: r.index(" (")] + (" (accepted)" if "(accepted" in r else " (not accepted)") for r in rows]
-        return rows
+        if len(seen) > 3:  # many: their statements and reasons are in --format json
+            open_ = [k for k in seen if seen[k].endswith("(not accepted)")]
+            rest = [k for k in seen if k not in open_]
+            text = [f"{', '.join(rest)} (accepted)"] if rest else []
+            return [*text, *(seen[k] for k in open_)]
+        return list(seen.values()) or ["none found"]
 
     def _stationary(self) -> str:
         answer = self.passport["stationary_at_teacher"]
@@ -213,7 +221,7 @@ class Explanation:
             ("needs", self._needs()),
             ("bias", "; ".join(self._bias())),
             ("objective", "; ".join(_as_list(p["objective"]))),
-            ("gradient of a scalar", _answer(p["conservative"], p["conservative_reason"])),
+            ("conservative", _answer(p["conservative"], p["conservative_reason"])),
             ("fixed point", p["fixed_point"] + self._stationary()),
             ("routing", p["routing"]),
             ("descent", self._descent()),
@@ -339,15 +347,15 @@ def _row(label: str, text: str, keep: bool = False) -> list[str]:
     """One labelled entry, wrapped under its label. `keep` keeps runs of blanks inside."""
     if not text:
         return []
-    lines = _packed(text, WIDTH - LABEL - 2) if keep else _wrapped(text, WIDTH - LABEL - 2)
+    lines = _packed(text, WIDTH - LABEL) if keep else _wrapped(text, WIDTH - LABEL)
     return _column(label, lines)
 
 
 def _column(label: str, lines: list[str]) -> list[str]:
     out: list[str] = []
     for line in lines:
-        out += _wrapped(line, WIDTH - LABEL - 2, "  ") if len(line) > WIDTH - LABEL - 2 else [line]
-    return [f"  {label if i == 0 else '':<{LABEL}}{line}" for i, line in enumerate(out)]
+        out += _wrapped(line, WIDTH - LABEL, "  ")
+    return [f"  {label if i == 0 else '':<{LABEL - 2}}{line}" for i, line in enumerate(out)]
 
 
 def _packed(text: str, width: int) -> list[str]:
@@ -374,14 +382,14 @@ def _block(b: Block, head: str) -> list[str]:
     """One reduction of L(θ), its denominator explained at the right."""
     start = f"  {head}{b.u} "
     whole = Add(b.items)
-    braces = len(b.items) > 1
-    single = unicode(whole, MUL) if not braces else "{ " + unicode(whole, ADD) + " }"
+    braces = len(b.items) > 1 or not b.items[0][0]
+    single = "{ " + unicode(whole) + " }" if braces else unicode(b.items[0][1], MUL)
     if len(start + single) <= WIDTH:
         lines = [start + single]
     else:
         inner = start + "{ "
         lines = broken(whole, WIDTH - 2, inner, " " * len(inner))
-        lines = [x for line in lines for x in _split(line, len(inner))]
+        lines = [x for line in lines for x in folded(line, WIDTH - 2, " " * (len(inner) + 2))]
         lines[-1] += " }"
     note = b.note
     if note:
@@ -393,13 +401,19 @@ def _block(b: Block, head: str) -> list[str]:
     return lines
 
 
-def _split(line: str, indent: int) -> list[str]:
-    if len(line) <= WIDTH - 2:
-        return [line]
-    return textwrap.wrap(
-        line.strip(), WIDTH - 2, initial_indent=line[: len(line) - len(line.lstrip())],
-        subsequent_indent=" " * (indent + 2), break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+def _formula_lines(head: str, right: Math, tail: str) -> list[str]:
+    """`head = right` under a label, broken at the signs of the sum."""
+    width, indent = WIDTH - LABEL, " " * len(head)
+    whole = head + unicode(right)
+    if len(whole + tail) <= width:
+        return [whole + tail]
+    lines = broken(right, width, head, indent)
+    lines = [x for line in lines for x in folded(line, width, indent + "  ")]
+    if len(lines[-1] + tail) <= width:
+        lines[-1] += tail
+    else:
+        lines.append(indent + tail.strip())
+    return lines
 
 
 def _definition(d: Definition) -> str:
@@ -439,4 +453,4 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-__all__ = ["FORMATS", "Big", "Explanation", "Ind", "Math", "Mul", "explain"]
+__all__ = ["FORMATS", "Explanation", "explain"]

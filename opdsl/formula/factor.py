@@ -5,8 +5,23 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING
 
-from opdsl.formula.normal import Atom, Mono, Poly, plus, scaled
-from opdsl.formula.notation import ONE, Add, Frac, Ind, Join, Math, Num, Pow, Root, Sym, add, frac, mul
+from opdsl.formula.normal import Atom, Mono, Poly, plus
+from opdsl.formula.notation import (
+    ONE,
+    Add,
+    Big,
+    Fn,
+    Ind,
+    Join,
+    Math,
+    Num,
+    Pow,
+    Root,
+    Sym,
+    add,
+    frac,
+    mul,
+)
 from opdsl.formula.recognise import differences, expanded
 from opdsl.formula.symbols import Named
 
@@ -17,7 +32,7 @@ _RANK = {
     "node": 2, "group": 4, "named": 3, "count": 4, "exp": 5, "P": 5, "abs": 6, "log": 6,
     "diff": 7, "L": 7, "window": 8, "sum": 9, "mean": 9, "total": 9, "div": 8, "e": 10,
 }  # fmt: skip
-MAX_CONDITIONS = 6
+MAX_CONDITIONS = 4
 
 
 class Layout:
@@ -76,7 +91,7 @@ class Layout:
         return [([(x, True) for x, _ in sorted(t, key=lambda y: y[0].order)], p) for t, p in out.items()]
 
     def _cubes(self, a: Poly, xs: list[Atom]) -> list[tuple[list[tuple[Atom, bool]], Poly]]:
-        """Largest blocks of conditions on which the value is the same, greedily."""
+        """The fewest disjoint blocks of conditions on which the value is the same."""
         table = {}
         for bits in product((True, False), repeat=len(xs)):
             part = a
@@ -90,24 +105,20 @@ class Layout:
             for j, y in enumerate(xs)
             if i < j and bits[i] and bits[j] and self.printer.normal.opposite(x, y)
         }
-        done: set[tuple[bool, ...]] = set()
-        out: list[tuple[list[tuple[Atom, bool]], Poly]] = []
-        for bits, part in table.items():
-            if bits in done or bits in never or not part:
-                continue
-            best: tuple[bool | None, ...] = bits
-            covered = {bits}
-            for mask in product((None, True), repeat=len(xs)):
-                cube = tuple(b if keep else None for b, keep in zip(bits, mask))
-                inside = {
-                    c for c in table if all(want is None or want == have for want, have in zip(cube, c))
-                }
-                if len(inside) > len(covered) and not (inside & done) - never:
-                    if all(c in never or _same(table[c], part) for c in inside):
-                        best, covered = cube, inside
-            done |= covered
-            out.append(([(x, b) for x, b in zip(xs, best) if b is not None], part))
-        return out
+        alive = [bits for bits, part in table.items() if part and bits not in never]
+        cubes: list[tuple[tuple[bool | None, ...], frozenset]] = []
+        for cube in product((None, True, False), repeat=len(xs)):
+            inside = frozenset(
+                c for c in table if c not in never and all(w is None or w == h for w, h in zip(cube, c))
+            )
+            if inside and inside <= set(alive) and len({_key(table[c]) for c in inside}) == 1:
+                cubes.append((cube, inside))
+        cubes.sort(key=lambda c: (-len(c[1]), [w is None for w in c[0]]))
+        chosen = _cover(alive, cubes, len(alive)) or []
+        return [
+            ([(x, b) for x, b in zip(xs, cube) if b is not None], table[min(inside, key=alive.index)])
+            for cube, inside in chosen
+        ]
 
     def _literals(self, literals: list[tuple[Atom, bool]]) -> list[Math]:
         out: list[Math] = []
@@ -136,6 +147,9 @@ class Layout:
             inner = self.factored(rest)
             front = self._front(common, abs(k), inner)
             return front if k >= 0 else add([(False, front)])
+        square = _square(a)
+        if square is not None:
+            return Pow(self.factored(square), Num(2))
         if len(a) >= 3:
             grouped = self._grouped(a)
             if grouped is not None:
@@ -146,6 +160,8 @@ class Layout:
         """Common factors before a bracket; a unit vector goes behind it."""
         last = frozenset((x, p) for x, p in common if x.kind == "e")
         first = common - last
+        if first and scale == 1 and not last and all(p < 0 for _, p in first):
+            return frac(inner, mul([self._mono(frozenset({(x, -p)}), 1.0)[1] for x, p in first]))
         items: list[Math] = []
         if first or scale != 1:
             items.append(self._mono(first, scale)[1])
@@ -169,7 +185,7 @@ class Layout:
         return add([(True, self.factored(with_it)), (True, self.factored(without))])
 
     def _sum(self, a: Poly) -> Math:
-        return add([self._mono(m, c, len(a) >= 1) for m, c in a.items()])
+        return add([self._mono(m, c, len(a) == 1) for m, c in a.items()])
 
     def _mono(self, m: Mono, c: float, alone: bool = False) -> tuple[bool, Math]:
         """(positive?, product) of one monomial."""
@@ -184,40 +200,24 @@ class Layout:
             if x.kind == "diff" and not sign and p == 1 and not self._own(x):
                 x, sign = Atom("diff", (x.key[1], x.key[0]), x.at), True  # type: ignore[index]
             base = self.printer.atom(x)
-            place = top if p > 0 else bottom
+            if isinstance(base, Add) and len(base.items) == 1 and p % 2 == 1:
+                sign, base = not sign, base.items[0][1]  # −min is not a factor with a sign inside
             raised = base if abs(p) == 1 else Root(base) if abs(p) == 0.5 else Pow(base, Num(abs(p)))
-            place.append((_rank(x, self.printer), raised))
+            (top if p > 0 else bottom).append((_rank(x, self.printer), raised))
         above: list[Math] = [x for _, x in sorted(top, key=lambda t: t[0])]
         below = [x for _, x in sorted(bottom, key=lambda t: t[0])]
         if not below:
             return sign, mul([*([Num(size)] if size != 1 or not above else []), *above])
-        heads = [x for (r, x) in sorted(top, key=lambda t: t[0]) if r[0] == 5]
-        tails = [x for x in above if x not in heads]
-        ratio = frac(mul(heads) if heads else ONE, mul(below))
-        if not heads and tails and size == 1 and len(tails) == 1 and _plain(tails[0]):
-            return sign, frac(tails[0], mul(below))
-        if not heads and not tails and size != 1:
-            return sign, Frac(Num(size), mul(below))
-        before = [x for x in tails if not _late(x)]
-        after = [x for x in tails if _late(x)]
-        number = [Num(size)] if size != 1 else []
-        return sign, mul([*number, *before, ratio, *after])
+        after = [x for x in above if isinstance(x, Fn | Big)]  # log and Σ stand behind a fraction
+        inside = [x for x in above if x not in after]
+        ratio = frac(mul([*([Num(size)] if size != 1 else []), *inside]), mul(below))
+        return sign, mul([ratio, *after])
 
     def _own(self, x: Atom) -> bool:
         """Whether a difference has a letter of its own (ℓ)."""
         return isinstance(self.printer.difference(x, False), Sym) or not isinstance(
             self.printer.difference(x, False), Add
         )
-
-
-def _plain(m: Math) -> bool:
-    return isinstance(m, Sym | Num)
-
-
-def _late(m: Math) -> bool:
-    from opdsl.formula.notation import Big, Call, Fn
-
-    return isinstance(m, Fn | Big | Call)
 
 
 def _rank(x: Atom, printer: Printer) -> tuple:
@@ -246,8 +246,25 @@ def _set(a: Poly, x: Atom, value: float) -> Poly:
     return out
 
 
-def _same(a: Poly, b: Poly) -> bool:
-    return not plus(a, scaled(b, -1.0))
+def _key(a: Poly) -> frozenset:
+    return frozenset((m, round(c, 12)) for m, c in a.items())
+
+
+def _cover(todo: list, cubes: list, limit: int) -> list | None:
+    """The fewest disjoint cubes that cover `todo`, at most `limit`; None if there are none."""
+    if not todo:
+        return []
+    if limit <= 0:
+        return None
+    best: list | None = None
+    for cube, inside in cubes:
+        if todo[0] not in inside or not inside <= set(todo):
+            continue
+        rest = _cover([t for t in todo if t not in inside], cubes, limit - 1)
+        if rest is not None and (best is None or len(rest) + 1 < len(best)):
+            best = [(cube, inside), *rest]
+            limit = len(best) - 1
+    return best
 
 
 def _common(a: Poly) -> tuple[Mono, float]:
@@ -268,6 +285,21 @@ def _common(a: Poly) -> tuple[Mono, float]:
         size = 1.0
     sign = -1.0 if all(c < 0 for c in values) else 1.0
     return frozenset(powers.items()), sign * size
+
+
+def _square(a: Poly) -> Poly | None:
+    """x − y of x² − 2xy + y²."""
+    if len(a) != 3:
+        return None
+    cross = [m for m, c in a.items() if c == -2 and len(m) == 2 and all(p == 1 for _, p in m)]
+    if len(cross) != 1:
+        return None
+    x, y = sorted((z for z, _ in cross[0]), key=lambda z: z.order)
+    squares = {frozenset({(z, 2.0)}): 1.0 for z in (x, y)}
+    if any(a.get(m) != 1 for m in squares):
+        return None
+    first, second = (y, x) if x.kind == "node" and y.kind != "node" else (x, y)
+    return {frozenset({(first, 1.0)}): 1.0, frozenset({(second, 1.0)}): -1.0}
 
 
 def _without(m: Mono, common: Mono) -> Mono:

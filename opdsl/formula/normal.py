@@ -389,6 +389,10 @@ class Normal:
             case "or":
                 a, b = (self.truth(x, at) for x in n.args)
                 return plus(plus(a, b), times(a, b), -1.0)
+            case "where" if n.q.unit in ("bool", "gate"):
+                test = self.truth(n.args[0], at)
+                yes, no = (self.truth(x, at) for x in n.args[1:])
+                return plus(no, times(test, plus(yes, no, -1.0)))
             case "is_y":
                 return constant(1.0) if at == "y" else single(Atom("ind", "y", at))
             case "in_set":

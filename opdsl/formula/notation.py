@@ -6,7 +6,7 @@ inside what matplotlib's mathtext understands, so that reports can typeset it wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 ADD, MUL, UNARY, POW, ATOM = range(5)  # binding strength, weakest first
 
@@ -401,9 +401,19 @@ def broken(m: Math, width: int, first: str = "", later: str = "") -> list[str]:
     return [*out, line]
 
 
-def with_args(head: Sym, *args: Math, sep: str = ", ") -> Call:
-    return Call(head, args, sep)
-
-
-def renamed(s: Sym, u: str, l: str) -> Sym:
-    return replace(s, u=u, l=l)
+def folded(text: str, width: int, later: str) -> list[str]:
+    """A long line of mathematics, broken at blanks outside brackets where there are any."""
+    if len(text) <= width:
+        return [text]
+    depth, cut, inner = 0, 0, 0
+    start = len(text) - len(text.lstrip())
+    for i, c in enumerate(text[:width]):
+        depth += (c in "([{") - (c in ")]}")
+        if c == " " and i > max(start, len(later)):
+            inner = i
+            if depth <= 0:
+                cut = i
+    cut = cut if cut > width // 2 else inner
+    if not cut:
+        return [text]
+    return [text[:cut].rstrip(), *folded(later + text[cut:].lstrip(), width, later)]

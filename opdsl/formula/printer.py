@@ -60,6 +60,7 @@ class Printer:
     def __init__(self, normal: Normal, symbols: Symbols):
         self.normal, self.symbols = normal, symbols
         self.time, self.row, self.star = "t", "", False  # star: rows of given text
+        self.written_out = False  # write divergences as sums
         self.divergences: dict[tuple, Divergence] = {}
         self.ratios: dict[tuple[Dist, Dist], bool] = {}  # pair -> printed at y as well
         self.layout = Layout(self)
@@ -69,7 +70,7 @@ class Printer:
         return self.poly(self.normal.poly(n, at))
 
     def poly(self, a: Poly) -> Math:
-        return self.layout(differences(_means(self._windows(unmixed(recognised(a))))))
+        return self.layout(differences(_means(self._windows(unmixed(recognised(a, not self.written_out))))))
 
     def moved(self, n: Node, time: str | None = None, row: str | None = None) -> Math:
         """The value of a node at another time or of another rollout."""
@@ -311,6 +312,9 @@ class Printer:
             case "quantile_b":
                 return Call(Sym(f"quantile_{n.attr('share'):g}", words(f"quantile {n.attr('share'):g}")),
                             (self.expr(n.args[0]),))  # fmt: skip
+            case "group_max" | "max_b" if n.args[0].op == "neg":
+                least = Big("min", Text(_OVER[n.op]), self.moved(n.args[0].args[0], row="j"))
+                return Add(((False, least),))
             case "group_max" | "max_b":
                 return Big("max", Text(_OVER[n.op]), self.moved(n.args[0], row="j"))
             case "sum_t":

@@ -25,8 +25,9 @@ class Divergence:
     detached: bool = False
 
 
-def recognised(a: Poly) -> Poly:
-    """The same polynomial with every known comparison as one `div` atom."""
+def recognised(a: Poly, known: bool = True) -> Poly:
+    """The same polynomial with every known comparison as one `div` atom; with `known` off only
+    summands of one Σ are taken together."""
     sums: dict[tuple[int, Mono], Poly] = {}
     out: Poly = {}
     for m, c in a.items():
@@ -38,10 +39,11 @@ def recognised(a: Poly) -> Poly:
         else:
             out = plus(out, {m: c})
     for (sid, outer), body in sums.items():
-        found, left = _split(sid, body)
-        for div, c in found:
-            out = plus(out, {outer | {(Atom("div", div), 1.0)}: c})
-        found, left, extra = _distances(sid, left, out.get(outer, 0.0))
+        found, left, extra = [], body, 0.0
+        if known:
+            found, left = _split(sid, body)
+            distances, left, extra = _distances(sid, left, out.get(outer, 0.0))
+            found = [*found, *distances]
         for div, c in found:
             out = plus(out, {outer | {(Atom("div", div), 1.0)}: c})
         if extra:
@@ -52,7 +54,7 @@ def recognised(a: Poly) -> Poly:
                 out = plus(out, {outer | {(Atom("sum", (sid, m)), 1.0)}: c})
             else:
                 out = plus(out, {outer | {(Atom("total", (sid, frozen(body))), 1.0)}: 1.0})
-    return _symmetric(out)
+    return _symmetric(out) if known else out
 
 
 def _shared(a: Poly) -> list[Poly]:
@@ -219,7 +221,8 @@ def _divided(a: Poly, b: Poly) -> Poly | None:
 
 def unmixed(a: Poly) -> Poly:
     """Uses Σ w_i p_i = m where p_i / m appears, if that makes the polynomial shorter."""
-    for atom in {x for m in a for x, p in m if x.kind == "P" and x.key[0] == "mix" and p < 0}:  # type: ignore[index]
+    below = {x for m in a for x, p in m if x.kind == "P" and x.key[0] == "mix" and p < 0}  # type: ignore[index]
+    for atom in sorted(below, key=lambda x: x.order):
         parts = [(dict(w), Atom("P", d, atom.at)) for w, d in atom.key[1]]  # type: ignore[index]
         for i, (weight, part) in enumerate(parts):
             inverse = _divided({UNIT: 1.0}, weight)

@@ -30,10 +30,12 @@ from opdsl.formula.notation import (
 )
 from opdsl.formula.recognise import Divergence
 from opdsl.ir.program import Part, Program, Row, expand_tails
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 from opdsl.meaning.spec import Spec
 
 LONG = 56  # characters; a longer bracket inside a gated term gets a letter
+SHORT = 28  # characters; a longer gate or weight gets one
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Formula:
     where: tuple[Definition, ...]
     gradient: tuple[Field, ...]
     names: Names
+    glossary: tuple[str, ...]  # letters that no definition explains
 
 
 def formula(spec: Spec, program: Program) -> Formula:
@@ -63,7 +66,7 @@ def formula(spec: Spec, program: Program) -> Formula:
     where = [*_sets(names), *names.definitions, *late]
     where += _rest(names, where)
     sets = [d for d in _sets(names) if d not in where]
-    return Formula(tuple(blocks), (*sets, *where), found, names)
+    return Formula(tuple(blocks), (*sets, *where), found, names, _glossary(spec, program))
 
 
 # ---- the loss --------------------------------------------------------------------------------
@@ -114,7 +117,9 @@ def _items(names: Names, row: Row, late: list[Definition]) -> list[tuple[bool, M
     printer, term = names.printer, row.term
     loss = printer.expr(expand_tails(names.spec.builder, term.loss))
     factors = [
-        printer.expr(x) for x in (term.weight, term.gate) if not x.is_const(1)
+        _factor(names, x, *letter, late)
+        for x, letter in ((term.weight, ("w", "w")), (term.gate, ("g", "g")))
+        if not x.is_const(1)
     ]
     if not factors:
         return list(loss.items) if isinstance(loss, Add) else [(True, loss)]
@@ -129,15 +134,23 @@ def _items(names: Names, row: Row, late: list[Definition]) -> list[tuple[bool, M
     return [(True, mul([*factors, loss]))]
 
 
+def _factor(names: Names, x: Node, u: str, l: str, late: list[Definition]) -> Math:
+    """A gate or weight; a long one gets a letter."""
+    written = names.printer.expr(x)
+    if len(unicode(written)) <= SHORT:
+        return written
+    s = names.letter(u, l).at("t")
+    late.append(Definition(s, "=", written))
+    return s
+
+
 def one_line(f: Formula) -> str:
     """`L(θ) = 1/N Σ_t {…}` in one line of unicode."""
     out = ""
     for b in f.blocks:
         body = unicode(Add(b.items))
-        if len(b.items) > 1:
+        if len(b.items) > 1 or not b.items[0][0]:
             body = "{ " + body + " }"
-        elif not b.items[0][0]:
-            body = f"({body})"
         out += (" + " if out else "") + f"{b.u} {body}"
     return f"L(θ) = {out}"
 
@@ -151,6 +164,27 @@ def display(f: Formula) -> str:
             body = rf"\left\{{ {body} \right\}}"
         out += (" + " if out else "") + f"{b.l} {body}"
     return rf"L(\theta) = {out}"
+
+
+def _glossary(spec: Spec, program: Program) -> tuple[str, ...]:
+    """Letters that stand for what is handed in."""
+    nodes = nodes_below([x for t in spec.terms for x in (t.loss, t.gate, t.weight)])
+    inputs = {n.attr("name") for n in nodes if n.op == "input"}
+    ops = {n.op for n in nodes}
+    out = []
+    if "rollout_logp" in inputs:
+        out.append("μ the policy that sampled")
+    if "others_sum" in ops:
+        out.append("j the other rollouts of the prompt")
+    elif ops & {"group_sum", "group_max"}:
+        out.append("j the rollouts of the prompt")
+    if any(n.op == "logp" and n.attr("dist") == "initial" for n in nodes):
+        out.append("π_0 the student at step 0")
+    if "outcome" in inputs:
+        out.append("R the verifier's reward")
+    if "values" in inputs:
+        out.append(f"{', '.join(c.name.split('.')[-1] for c in spec.critics)} the critic")
+    return tuple(out)
 
 
 # ---- definitions -------------------------------------------------------------------------------
@@ -201,6 +235,11 @@ def _rest(names: Names, before: list[Definition]) -> list[Definition]:
                 done.add(("div", kind))
                 out.append(_divergence(names, found))
     return sorted(out, key=lambda d: isinstance(d.left, Call) and d.op == "=" and "p" in unicode(d.left))
+
+
+def letters_used(names: Names) -> list[Definition]:
+    """Definitions of mixtures and the like that a formula printed."""
+    return [d for key in list(names.symbols.used) for d in _letter(names, key) if key[0] != "set"]
 
 
 def _ratio(names: Names, a: Dist, b: Dist) -> Definition:
@@ -300,4 +339,4 @@ def _meaning(names: Names, d: Divergence, under: Math) -> Math:
     return Sym(f"{unicode(whole)},  m = {unicode(mix)}", rf"{latex(whole)},\ m = {latex(mix)}")
 
 
-__all__ = ["Block", "Formula", "display", "formula", "one_line"]
+__all__ = ["Block", "Formula", "display", "formula", "letters_used", "one_line"]

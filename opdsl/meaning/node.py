@@ -292,7 +292,8 @@ class Builder:
         if _negated(b):
             return self.neg(self.mul(a, b.args[0]))
         if b.op == "const" and _plain_multiple(a):
-            return self.mul(a.args[0], self.const(a.args[1].value * b.value))
+            both = self.const(a.args[1].value * b.value, product_unit(a.args[1], b))
+            return self.mul(a.args[0], both)
         if a.op == "div" and a.args[0].is_const(1):
             return self.div(b, a.args[1])
         if b.op == "div" and b.args[0].is_const(1):
@@ -311,7 +312,7 @@ class Builder:
             return a
         if a is b:
             return self.const(1.0)
-        if b.op == "const" and b.value != 0:
+        if b.op == "const" and b.value != 0 and b.q.unit in NEUTRAL:
             return self.mul(a, self.const(1.0 / b.value))
         if a.op == "exp" and b.op == "exp":
             return self.exp(self.sub(a.args[0], b.args[0]))
@@ -334,7 +335,7 @@ class Builder:
         if a.op == "sub" and a.attr("unit") is None:
             return self.sub(a.args[1], a.args[0])
         if _plain_multiple(a):
-            return self.mul(a.args[0], self.const(-a.args[1].value))
+            return self.mul(a.args[0], self.const(-a.args[1].value, a.args[1].q.unit))
         unit = "nats" if a.q.unit == "logprob" else a.q.unit
         return self._elementwise("neg", (a,), unit, -a.q.high, -a.q.low)
 

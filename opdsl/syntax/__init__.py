@@ -11,7 +11,7 @@ from pathlib import Path
 
 from opdsl.diagnostics import CompileError, Diagnostic
 from opdsl.source import Source, Span
-from opdsl.syntax import build, lalr, messages, recover, stops, tokens, tree
+from opdsl.syntax import build, explain, lalr, messages, outline, recover, stops, tokens, tree
 from opdsl.syntax.grammar import tables
 from opdsl.syntax.keywords import ALL_KEYWORDS, METHOD_KEYWORDS
 
@@ -34,7 +34,7 @@ def parse(source: Source) -> tuple[tree.File | None, tuple[Diagnostic, ...]]:
     if len(source.text) > MAX_BYTES or len(source.text.encode("utf-8", "replace")) > MAX_BYTES:
         return None, (messages.too_large(Span(source, 0, 0), MAX_BYTES),)
     words, comments = tokens.scan(source)
-    out = recover.outline(words, tokens.MAX_DEPTH)
+    out = outline.outline(words, tokens.MAX_DEPTH)
     if out.deepest is not None:
         deepest = out.deepest
         return None, (messages.too_deep(Span(source, deepest.start, deepest.end)),)
@@ -122,8 +122,8 @@ def _stopped(
     if index > 1 and statement is not None and stops.swallowed(stop):
         # `x =` without a value took the name of the next line for it
         statement = out.owner[kept[index - 2].at]
-        stop = stops.Stop(source, out, prev, kept[index - 2], statement, stops.A_VALUE)
-    diagnostic = stops.explain(stop)
+        stop = stops.Stop(source, out, prev, kept[index - 2], statement, explain.A_VALUE)
+    diagnostic = explain.explain(stop)
     if statement is None and at is None:
         out.dropped.update(range(len(out.tokens)))  # nothing to blame is left: give up the rest
     elif statement is not None and not stop.leaves:

@@ -16,14 +16,11 @@ from opdsl.diagnostics import CompileError
 from opdsl.records import fields
 from opdsl.source import Source, Span
 from opdsl.syntax import tree as ast
-from opdsl.syntax.pretty import HARD, SOFT, SPACE, Alt, Cat, Doc, Group, Nest, cat, join, layout
+from opdsl.syntax.expressions import Expressions, domain_text, flat, same_line, type_text
+from opdsl.syntax.pretty import SOFT, SPACE, Cat, Doc, Group, Nest, cat, layout
 from opdsl.syntax.tokens import scan
 
 WIDTH = 100
-# Binding strength of operators; a looser operand gets parentheses.
-_LEVEL = {"or": 1, "and": 2, "<": 4, "<=": 4, ">": 4, ">=": 4, "==": 4, "!=": 4,
-          "+": 5, "-": 5, "*": 6, "/": 6, "^": 8}  # fmt: skip
-_NOT, _MINUS, _POSTFIX = 3, 7, 9
 
 
 def format_source(source: Source) -> str:
@@ -52,163 +49,6 @@ def same(a: Any, b: Any) -> bool:
     if fields(a):
         return all(same(getattr(a, n), getattr(b, n)) for n in fields(a))
     return a == b
-
-
-# ---- expressions -------------------------------------------------------------------------
-
-
-class _Expressions:
-    """Expressions as documents; `comments` are those inside the statement being printed."""
-
-    def __init__(self, comments: tuple[ast.Comment, ...] = ()):
-        self.comments = comments
-        self.placed = 0  # comments that found a place between arguments
-
-    def doc(self, node: ast.Expr, level: int = 0) -> Doc:
-        made, own = self.bare(node)
-        return cat("(", made, ")") if own < level else made
-
-    def bare(self, node: ast.Expr) -> tuple[Doc, int]:
-        """The document of a node and how strongly it binds."""
-        if isinstance(node, ast.Name):
-            return node.name, _POSTFIX
-        if isinstance(node, ast.Number):
-            return number(node), _POSTFIX
-        if isinstance(node, ast.Text):
-            return f'"{node.value}"', _POSTFIX
-        if isinstance(node, ast.Unary):
-            own = _NOT if node.op == "not" else _MINUS
-            return cat("not " if node.op == "not" else "-", self.doc(node.operand, own)), own
-        if isinstance(node, ast.Binary):
-            return self.binary(node)
-        if isinstance(node, ast.Cond):
-            parts = cat(
-                "if ", self.doc(node.test), SPACE, "then ", self.doc(node.yes), SPACE, "else ",
-                self.doc(node.no),
-            )  # fmt: skip
-            return Group(Nest(2, parts)), 0
-        return self.postfix(node), _POSTFIX
-
-    def binary(self, node: ast.Binary) -> tuple[Doc, int]:
-        own = _LEVEL[node.op]
-        if node.op == "^":
-            return cat(self.doc(node.left, _POSTFIX), "^", self.doc(node.right, _MINUS)), own
-        if own == 4:
-            sides = self.doc(node.left, 5), self.doc(node.right, 5)
-            return Group(Nest(2, cat(sides[0], SPACE, f"{node.op} ", sides[1]))), own
-        chain: list[tuple[str, ast.Expr]] = []
-        first: ast.Expr = node
-        while isinstance(first, ast.Binary) and _LEVEL[first.op] == own:
-            chain.append((first.op, first.right))
-            first = first.left
-        parts: list[Doc] = [self.doc(first, own)]
-        for op, right in reversed(chain):
-            parts += [SPACE, f"{op} ", self.doc(right, own + 1)]
-        return Group(Nest(2, Cat(tuple(parts)))), own
-
-    def postfix(self, node: ast.Expr) -> Doc:
-        if isinstance(node, ast.Index):
-            return cat(self.doc(node.base, _POSTFIX), "[", self.doc(node.index), "]")
-        if isinstance(node, ast.Attr):
-            level = _POSTFIX + isinstance(node.base, ast.Number)  # `5.x` would be a bad number
-            return cat(self.doc(node.base, level), ".", node.name)
-        if isinstance(node, ast.Call):
-            return self.call(node)
-        if isinstance(node, ast.Divergence):
-            head = cat(self.doc(node.left), SPACE, "|| ", self.doc(node.right))
-            inside: Doc = cat(SOFT, head)
-            if node.args:
-                rest = self.args(node.args, node.right.span.end, node.span.end)
-                inside = cat(SOFT, head, ",", SPACE, rest)
-            return Group(cat(self.doc(node.func, _POSTFIX), "(", Nest(2, inside), ")"))
-        if isinstance(node, ast.Reduce):
-            head = cat(f"{node.var.name} in ", self.doc(node.domain), ":")
-            body = Nest(2, cat(head, SPACE, self.doc(node.body)))
-            return Group(cat(self.doc(node.func, _POSTFIX), "(", body, ")"))
-        if isinstance(node, ast.SetLiteral):
-            items = join(cat(",", SPACE), [self.doc(item) for item in node.items])
-            return Group(cat("{", Nest(2, cat(SOFT, items)), "}"))
-        assert isinstance(node, ast.SetWhere)
-        head = cat(f"{node.var.name} in ", self.doc(node.domain), ":")
-        return Group(cat("{", Nest(2, cat(head, SPACE, self.doc(node.condition))), "}"))
-
-    def call(self, node: ast.Call) -> Doc:
-        func = self.doc(node.func, _POSTFIX)
-        if not node.args:
-            return cat(func, "()")
-        args = self.args(node.args, node.func.span.end, node.span.end)
-        return Group(cat(func, "(", Nest(2, cat(SOFT, args)), ")"))
-
-    def args(self, args: tuple[Any, ...], start: int, end: int) -> Doc:
-        """Arguments with the comments between them, which lie between `start` and `end`."""
-        names = [len(a.name) for a in args if isinstance(a, ast.Arg) and a.name]
-        pad = max(names) if len(names) == len(args) else 0
-        parts: list[Doc] = []
-        for comment in self.comments:
-            if start <= comment.span.start < args[0].span.start:
-                self.placed += 1
-                parts += [comment.text, HARD]
-        for i, arg in enumerate(args):
-            last = i == len(args) - 1
-            made = self.arg(arg, pad)
-            stop = end if last else args[i + 1].span.start
-            after = [c for c in self.comments if arg.span.end <= c.span.start < stop]
-            self.placed += len(after)
-            parts += [made] if last else [made, ","]
-            if after and _same_line(arg.span.source, arg.span.end, after[0].span.start):
-                parts.append(f"  {after.pop(0).text}")
-                parts.append(HARD if last or after else "")
-            elif after:
-                parts.append(HARD)
-            for comment in after:
-                parts += [comment.text, HARD]
-            if not last:
-                trailing = bool(parts) and isinstance(parts[-1], str) and "#" in parts[-1]
-                if parts[-1] is not HARD:
-                    parts.append(HARD if trailing or parts[-1] == "" else SPACE)
-        return Cat(tuple(parts))
-
-    def arg(self, arg: Any, pad: int) -> Doc:
-        if isinstance(arg, ast.MixArg):
-            return cat(self.doc(arg.weight), ": ", self.doc(arg.value))
-        if isinstance(arg, ast.RampArg):
-            return cat(
-                self.doc(arg.start), " -> ", self.doc(arg.stop), " over ", self.doc(arg.over)
-            )
-        if arg.name is None:
-            return self.doc(arg.value)
-        space = " " * max(0, pad - len(arg.name))
-        return cat(arg.name, Alt(space, ""), " = ", self.doc(arg.value))
-
-
-def number(node: ast.Number) -> str:
-    if node.unit is None:
-        return node.text
-    return node.text + node.unit if node.unit == "%" else f"{node.text} {node.unit}"
-
-
-def flat(doc: Doc) -> str:
-    return layout(doc, 0, 0, 1 << 30)
-
-
-def type_text(node: ast.TypeExpr | None) -> str:
-    if node is None:
-        return ""
-    return " ".join((node.unit, "per", *node.axes)) if node.axes else node.unit
-
-
-def domain_text(node: ast.Domain | None) -> str:
-    if node is None:
-        return ""
-    show = _Expressions()
-    if isinstance(node, ast.Choice):
-        return "{" + ", ".join(flat(show.doc(item)) for item in node.items) + "}"
-    low, high = flat(show.doc(node.low)), flat(show.doc(node.high))
-    return f"{'(' if node.low_open else '['}{low}, {high}{')' if node.high_open else ']'}"
-
-
-def _same_line(source: Source, start: int, end: int) -> bool:
-    return "\n" not in source.text[start:end]
 
 
 # ---- statements and blocks ---------------------------------------------------------------
@@ -258,7 +98,7 @@ class _File:
         head = f"opd {self.file.version}"
         start = header
         own = self.between(header, items[0].span.start if items else len(self.source.text))
-        if own and _same_line(self.source, header, own[0].span.start):
+        if own and same_line(self.source, header, own[0].span.start):
             head += f"  {own[0].text}"
             start = own[0].span.end
         if out and self.blank_before(self.tokens[0].start):
@@ -281,7 +121,7 @@ class _File:
         at = start
         for item in items:
             found = self.between(at, item.span.start)
-            if found and rows and _same_line(self.source, at, found[0].span.start):
+            if found and rows and same_line(self.source, at, found[0].span.start):
                 rows[-1].trailing = found.pop(0).text
             row = self.row(item)
             row.leading = self.block_of(found) + row.leading
@@ -292,7 +132,7 @@ class _File:
             rows.append(row)
             at = item.span.end
         found = self.between(at, end)
-        if found and rows and _same_line(self.source, at, found[0].span.start):
+        if found and rows and same_line(self.source, at, found[0].span.start):
             rows[-1].trailing = found.pop(0).text
         tail = self.block_of(found)
         if tail and rows and self.blank_before(found[0].span.start):
@@ -360,10 +200,10 @@ class _File:
 
     def row(self, node: Any) -> _Row:
         inner = self.inside(node)
-        show = _Expressions(tuple(inner))
+        show = Expressions(tuple(inner))
         row = getattr(self, "row_" + type(node).__name__.lower())(node, show)
         if show.placed != len(inner):  # some comment has no place: all of them go above
-            row = getattr(self, "row_" + type(node).__name__.lower())(node, _Expressions())
+            row = getattr(self, "row_" + type(node).__name__.lower())(node, Expressions())
             row.leading = self.block_of(inner) + row.leading
         return row
 
@@ -393,19 +233,19 @@ class _File:
         start, end = body
         found = self.between(start, items[0].span.start if items else end)
         head = ""
-        if found and _same_line(self.source, start, found[0].span.start):
+        if found and same_line(self.source, start, found[0].span.start):
             head = f"  {found[0].text}"
             start = found[0].span.end
         rows, tail = self.rows(list(items), start, end)
         lines = self.lines(rows, 2) + ["  " + line if line else "" for line in tail]
         return [*lines, "}"], head
 
-    def row_import(self, node: ast.Import, show: _Expressions) -> _Row:
+    def row_import(self, node: ast.Import, show: Expressions) -> _Row:
         target = f'"{node.target}"' if node.is_file else node.target
         names = ", ".join(name.name for name in node.names)
         return _Row("import", (f"import {target}",), f"({names})")
 
-    def row_method(self, node: ast.Method, show: _Expressions) -> _Row:
+    def row_method(self, node: ast.Method, show: Expressions) -> _Row:
         parts: list[Doc] = [f"method {node.name.name}"]
         if node.extends is not None:
             parts.append(f" extends {node.extends.base.name}")
@@ -425,11 +265,11 @@ class _File:
             return _Row(kind, columns, cat(head, " { }"))
         return _Row(kind, columns, cat(head, " {" + comment), lines)
 
-    def row_run(self, node: ast.Run, show: _Expressions) -> _Row:
+    def row_run(self, node: ast.Run, show: Expressions) -> _Row:
         head = f"run {node.name.name} of {node.method.name}"
         return self.with_block("run", (), head, node.settings, node)
 
-    def row_def(self, node: ast.Def, show: _Expressions) -> _Row:
+    def row_def(self, node: ast.Def, show: Expressions) -> _Row:
         head = self.signature(node)
         doc = [f'  "{node.doc}"'] if node.doc is not None else []
         if node.is_block:
@@ -482,10 +322,10 @@ class _File:
         if node.domain is not None:
             text += f" in {domain_text(node.domain)}"
         if node.default is not None:
-            text += f" = {flat(_Expressions().doc(node.default))}"
+            text += f" = {flat(Expressions().doc(node.default))}"
         return text
 
-    def row_binding(self, node: ast.Binding, show: _Expressions) -> _Row:
+    def row_binding(self, node: ast.Binding, show: Expressions) -> _Row:
         name = node.name.name
         if name == "return":
             return _Row("return", ("return",), show.doc(node.value))
@@ -493,32 +333,32 @@ class _File:
             name += f"[{flat(show.doc(node.subscript))}]"
         return _Row("binding", (name,), cat("= ", show.doc(node.value)))
 
-    def row_cite(self, node: ast.Cite, show: _Expressions) -> _Row:
+    def row_cite(self, node: ast.Cite, show: Expressions) -> _Row:
         return _Row("section", ("cite",), f'{node.kind} "{node.value}"')
 
-    def row_evidence(self, node: ast.Evidence, show: _Expressions) -> _Row:
+    def row_evidence(self, node: ast.Evidence, show: Expressions) -> _Row:
         return _Row("section", ("evidence",), node.grade)
 
-    def row_accept(self, node: ast.Accept, show: _Expressions) -> _Row:
+    def row_accept(self, node: ast.Accept, show: Expressions) -> _Row:
         return _Row("section", (node.keyword,), f'{node.rule.name} "{node.reason}"')
 
-    def row_param(self, node: ast.Param, show: _Expressions) -> _Row:
+    def row_param(self, node: ast.Param, show: Expressions) -> _Row:
         type_ = f": {type_text(node.type)}" if node.type is not None else ""
         domain = f"in {domain_text(node.domain)}" if node.domain is not None else ""
         columns = ("param", node.name.name, type_, domain)
         return _Row("param", columns, cat("= ", show.doc(node.default)))
 
-    def row_let(self, node: ast.Let, show: _Expressions) -> _Row:
+    def row_let(self, node: ast.Let, show: Expressions) -> _Row:
         type_ = f" : {type_text(node.type)}" if node.type is not None else ""
         return _Row("let", ("let",), cat(f"{node.name.name}{type_} = ", show.doc(node.value)))
 
-    def row_teacher(self, node: ast.Teacher, show: _Expressions) -> _Row:
+    def row_teacher(self, node: ast.Teacher, show: Expressions) -> _Row:
         value = show.doc(node.value)
         if node.when is not None:
             value = Group(Nest(2, cat(value, SPACE, "when ", show.doc(node.when))))
         return _Row("section", ("teacher",), cat(f"{node.name.name} = ", value))
 
-    def row_section(self, node: ast.Section, show: _Expressions) -> _Row:
+    def row_section(self, node: ast.Section, show: Expressions) -> _Row:
         value = show.doc(node.value)
         keyword = node.keyword.name
         if node.term is not None:
@@ -529,34 +369,34 @@ class _File:
             value = cat(value, f' "{node.message}"')
         return _Row("section", (keyword,), value)
 
-    def row_termblock(self, node: ast.TermBlock, show: _Expressions) -> _Row:
+    def row_termblock(self, node: ast.TermBlock, show: Expressions) -> _Row:
         return self.compact("term", f"term {node.name.name}", node.body, node, 1)
 
-    def row_termuse(self, node: ast.TermUse, show: _Expressions) -> _Row:
+    def row_termuse(self, node: ast.TermUse, show: Expressions) -> _Row:
         return _Row("use", ("term", node.name.name), cat("= ", show.doc(node.value)))
 
-    def row_optimize(self, node: ast.Optimize, show: _Expressions) -> _Row:
+    def row_optimize(self, node: ast.Optimize, show: Expressions) -> _Row:
         return self.compact("optimize", "optimize", node.settings, node, 8)
 
     def compact(self, kind: str, head: str, items: tuple[Any, ...], node: Any, most: int) -> _Row:
         """A block kept on one line where it was on one line, fits, and is short enough."""
         row = self.with_block(kind, (), head, items, node)
         start, end = self.body(node) or (0, 0)
-        if row.block is None or len(items) > most or not _same_line(self.source, start, end):
+        if row.block is None or len(items) > most or not same_line(self.source, start, end):
             return row
         pieces = [self.row(item) for item in items]
         line = "  ".join(" ".join((*p.columns, flat(p.doc))).rstrip() for p in pieces)
         text = f"{head} {{ {line} }}"
         return _Row(kind, (), text) if len(text) <= WIDTH - 4 else row
 
-    def row_setting(self, node: ast.Setting, show: _Expressions) -> _Row:
+    def row_setting(self, node: ast.Setting, show: Expressions) -> _Row:
         return _Row("setting", (node.name.name,), cat("= ", show.doc(node.value)))
 
-    def row_sweep(self, node: ast.Sweep, show: _Expressions) -> _Row:
+    def row_sweep(self, node: ast.Sweep, show: Expressions) -> _Row:
         items = ", ".join(flat(show.doc(value)) for value in node.values)
         return _Row("setting", ("sweep",), f"{node.name.name} in {{ {items} }}")
 
-    def row_override(self, node: ast.Override, show: _Expressions) -> _Row:
+    def row_override(self, node: ast.Override, show: Expressions) -> _Row:
         row = getattr(self, "row_" + type(node.statement).__name__.lower())(node.statement, show)
         if row.columns:
             columns = (f"override {row.columns[0]}", *row.columns[1:])

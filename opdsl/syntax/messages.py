@@ -164,6 +164,13 @@ def bracket(source: Source, out: Outline, problem: Problem) -> Diagnostic:
     span = Span(source, token.start, token.end)
     if problem.kind == "stray":
         return _stray(source, problem, span)
+    if problem.kind == "unopened":
+        after = Span(source, token.end, token.end)
+        return make(
+            "OPD004", span, "this method has no `{`", "its sections follow without one",
+            helps=(f"add `{{` at the end of line {span.line}",),
+            fixes=(Fix("write `{`", (Edit(after, " {"),), Safety.SAFE),),
+        )  # fmt: skip
     closer = _PAIR[token.text]
     if problem.kind == "mismatch":
         assert where is not None

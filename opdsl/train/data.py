@@ -171,6 +171,7 @@ class FileData:
         elif len(examples) >= HELD_OUT_LEAST:
             examples, self._held_out = _hold_out(examples)
         self._train = examples
+        self._written = [e for e in examples if e.golden]
         self.rows = len(examples)
         self.fingerprint = "file:" + hashlib.sha256(raw).hexdigest()
         self.verifiable = all(e.reference is not None for e in [*examples, *self._held_out])
@@ -189,10 +190,10 @@ class FileData:
         return self._take("prompts", step, n, self._train)
 
     def golden(self, step: int, n: int) -> list[Example]:
-        return self._take("golden", step, n, [e for e in self._train if e.golden])
+        return self._take("golden", step, n, self._written)
 
     def sequences(self, step: int, n: int) -> list[Example]:
-        return self._take("sequences", step, n, [e for e in self._train if e.golden])
+        return self._take("sequences", step, n, self._written)
 
     def _take(self, stream: str, step: int, n: int, rows: list[Example]) -> list[Example]:
         seed = seed_for(self.options.seed, stream)

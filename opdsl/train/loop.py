@@ -109,6 +109,7 @@ class _Run:
     def __init__(self, method, plan: Plan, progress: Progress):
         self.method, self.plan, self.progress = method, plan, progress
         self.out = plan.out
+        self.latest: dict[str, float] = {}  # held-out accuracy, for the progress display
         self.seconds = {"loading": 0.0, "training": 0.0, "evaluating": 0.0}
 
     def run(self) -> Summary:
@@ -160,10 +161,10 @@ class _Run:
         warmup = max((c.warmup for c in self.engine.critics), default=0)
         start = first if first else -warmup
         for step in range(start, steps):
-            record = self._one_step(step)
+            self._one_step(step)
             done = step + 1
             if step >= 0 and done in self.plan.evals:
-                self._evaluate(done, record)
+                self._evaluate(done)
             last = done == steps
             if step >= 0 and (done % self.plan.save_every == 0 or last or signals.save):
                 signals.save = False
@@ -172,7 +173,7 @@ class _Run:
                 place = str(resume.save(self.session, done)) if step >= 0 else None
                 raise Interrupted(signals.stop, max(done, 0), place)
 
-    def _one_step(self, step: int) -> dict[str, Any]:
+    def _one_step(self, step: int) -> None:
         watch, old = Stopwatch(), self.session.old
         if old is not None and step >= 0:
             old.before_update(step)
@@ -193,10 +194,9 @@ class _Run:
         self.metrics.write(record)
         timing = watch.record(step + 1, record.get("tokens", 0))
         self.timings.write(timing)
-        self.progress.step(step, record, timing["tokens_per_second"])
-        return record
+        self.progress.step(step, record | self.latest, timing["tokens_per_second"])
 
-    def _evaluate(self, done: int, record: dict[str, Any] | None = None) -> None:
+    def _evaluate(self, done: int) -> None:
         """Measure held-out accuracy after `done` steps and write it to `evals.jsonl`."""
         if not self.sets:
             return
@@ -212,6 +212,7 @@ class _Run:
         self.seconds["evaluating"] += time.perf_counter() - began
         name, modes = next(iter(result.items()))
         if modes["greedy"].judged:
+            self.latest = {"accuracy": modes["greedy"].value}
             self.progress.note(
                 f"after step {done}: {name} accuracy greedy {modes['greedy'].value:.1%},"
                 f" sampled {modes['sampled'].value:.1%}"

@@ -142,6 +142,7 @@ def figures(record: dict[str, Any], tokens_per_second: float) -> str:
         ("loss", "loss", "{:.4f}"),
         ("kl", "KL", "{:.3f}"),
         ("reward", "right", "{:.0%}"),
+        ("accuracy", "held-out", "{:.0%}"),
         ("length", "length", "{:.1f}"),
         ("critic_ev", "critic EV", "{:.2f}"),
     ):

@@ -81,7 +81,7 @@ def inverse_cdf(logprobs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Ten
     """
     cdf_BV = logprobs_BV.exp().cumsum(-1)
     total_B1 = cdf_BV[:, -1:]
-    point_B1 = (uniform_B.to(cdf_BV).unsqueeze(-1) * total_B1)
+    point_B1 = uniform_B.to(cdf_BV).unsqueeze(-1) * total_B1
     # A product rounded up to the total would fall behind the last token.
     point_B1 = torch.minimum(point_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     token_B = torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(-1)
@@ -268,7 +268,12 @@ def _hf_generate(model, prompts, max_new, stops, pad, settings, generator, devic
         mask_BP = torch.ones_like(ids_BP, dtype=torch.bool)
     chosen: dict = {"do_sample": False}
     if not greedy:
-        chosen = {"do_sample": True, "temperature": float(temperature), "top_p": top_p, "top_k": top_k or 0}
+        chosen = {
+            "do_sample": True,
+            "temperature": float(temperature),
+            "top_p": top_p,
+            "top_k": top_k or 0,
+        }
     seed = int(torch.randint(2**62, (1,), generator=generator))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -60,8 +60,7 @@ class OldStudent:
     def after_step(self, step: int) -> None:
         """Renew at the start of steps 1, 1 + n, 1 + 2n, … from the weights one step earlier."""
         if step % self.lag == 0:
-            for name, tensor in self._pending.items():
-                dict(self.model.named_parameters())[name].data.copy_(tensor)
+            self.load_state(self._pending)
 
     def before_update(self, step: int) -> None:
         """Keep the weights this step starts from; they are one step old at the next."""

@@ -48,11 +48,7 @@ def stream(*labels: object) -> np.random.Generator:
 def _table(function) -> np.ndarray:
     """Rule table [30, 10] of `function(operator, digit, running result)`, taken mod 10."""
     return np.array(
-        [
-            [function(op, d, r) % 10 for r in range(10)]
-            for op in OPERATORS
-            for d in range(10)
-        ],
+        [[function(op, d, r) % 10 for r in range(10)] for op in OPERATORS for d in range(10)],
         dtype=np.int64,
     )
 

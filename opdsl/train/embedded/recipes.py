@@ -123,9 +123,7 @@ def rows(generator: np.random.Generator, recipe: ModelRecipe, phase: Phase, coun
     prompt_BP = np.concatenate([*head, hint_B1, start_B1], 1)
     P = prompt_BP.shape[1]
     route_B1 = np.full((count, 1), ROUTE_A)
-    tokens_BL = np.concatenate(
-        [prompt_BP, route_B1, start_B1, DIGIT + results_Bn, end_B1], 1
-    )
+    tokens_BL = np.concatenate([prompt_BP, route_B1, start_B1, DIGIT + results_Bn, end_B1], 1)
     target_BL = np.zeros(tokens_BL.shape, dtype=bool)
     target_BL[:, P:] = True
     short_B = generator.random(count) < phase.shortcut

@@ -204,9 +204,7 @@ _TASKS = {
         Task("chain", "modular-arithmetic chains", recipes.CHAIN),
         Task("fork", "a shortcut that only the teacher can take", recipes.FORK, fork=True),
         Task("fork_muddled", "the fork with a weaker student", recipes.FORK_MUDDLED, fork=True),
-        Task(
-            "flawed", "a teacher that is wrong on *7 *8 *9", recipes.FLAWED, data_rule="flawed"
-        ),
+        Task("flawed", "a teacher that is wrong on *7 *8 *9", recipes.FLAWED, data_rule="flawed"),
         Task("retain", "a new skill beside an old one", recipes.RETAIN, old_skill=True),
         Task("scarce", "16 training prompts", recipes.CHAIN, few=16),
     )
