@@ -99,7 +99,9 @@ def _definition(what: str, format_: str) -> str | None:
     if format_ == "json":
         return json.dumps(found.data(), indent=2, ensure_ascii=False) + "\n"
     if format_ == "markdown":
-        return f"# {found.name}\n\n{found.doc}\n\n`{found.formula}`\n\n```text\n{found.source}\n```\n"
+        return (
+            f"# {found.name}\n\n{found.doc}\n\n`{found.formula}`\n\n```text\n{found.source}\n```\n"
+        )
     return found.text()
 
 
@@ -163,7 +165,9 @@ def _dump(what: str, phase: str, chosen: dict[str, object], method: str | None) 
         staged = stage(program, part)
         for i, s in enumerate(staged.stages):
             last = s is staged.last
-            what_for = "losses and their logit cotangent" if last else f"{len(s.exports)} values per token"
+            what_for = (
+                "losses and their logit cotangent" if last else f"{len(s.exports)} values per token"
+            )
             lines.append(
                 f"  {part.rows:<7} pass {i + 1}  {s.kind:<6} {len(s.nodes):>4} operations"
                 f"   reads {len(s.imports)} earlier values, gives {what_for}"
@@ -195,5 +199,7 @@ def outline(value: object, indent: str = "", name: str = "") -> str:
             return f"{head}{', '.join(map(str, value))}"
         return "\n".join([f"{head}", *(outline(x, indent + "  ") for x in value)])
     if isinstance(value, dict):
-        return "\n".join([f"{head}", *(outline(v, indent + "  ", str(k)) for k, v in value.items())])
+        return "\n".join(
+            [f"{head}", *(outline(v, indent + "  ", str(k)) for k, v in value.items())]
+        )
     return f"{head}{value}"

@@ -142,6 +142,16 @@ class Writer:
         var = self.use(n, axis)
         return f"b.{'rows' if axis is Axis.TOK else 'seqs'}({var}, like)"
 
+    def tensor(self, n: Node, var: str) -> str:
+        """Numbers of the method are plain or [], everything that varies is a tensor already."""
+        device = "y.device" if self.rows else "b.seq.device"
+        constant = n.q.axis is Axis.CONST
+        return f"torch.as_tensor({var}, dtype=like, device={device})" if constant else var
+
+    def entry(self, n: Node) -> str:
+        """A value as a tensor that lines up with the entries of a set."""
+        return self.tensor(n, self.use(n, Axis.VOCAB))
+
     # -- statements --------------------------------------------------------------------------
     def statement(self, n: Node) -> None:
         right = getattr(self, f"_{n.op}", None)
@@ -162,7 +172,7 @@ class Writer:
         if n.op in table:
             return table[n.op].format(*a)
         if n.op in ("exp", "tanh", "sigmoid"):
-            return f"torch.{n.op}(torch.as_tensor({a[0]}))"
+            return f"torch.{n.op}({self.tensor(n.args[0], a[0])})"
         if n.op == "abs":
             return f"abs({a[0]})"
         raise AssertionError(n.op)
@@ -188,8 +198,9 @@ class Writer:
         store = "r" if self.rows else "x"
         name = n.attr("name")
         if name == "one":
-            return "1.0" if self.rows else ("torch.ones(b.n, dtype=like, device=b.seq.device)"
-                if n.q.axis is Axis.TOK else "torch.ones(b.b, dtype=like, device=b.seq.device)")  # fmt: skip
+            size = "n" if self.rows else "b.n" if n.q.axis is Axis.TOK else "b.b"
+            device = "y.device" if self.rows else "b.seq.device"
+            return f"torch.ones({size}, dtype=like, device={device})"
         if name == "step":
             return f"float({store}['step'])"
         return f"{store}['{input_key(n)}']"
@@ -250,7 +261,7 @@ class Writer:
 
     def _put_set(self, n: Node) -> str:
         x, s = n.args
-        return f"put({self.use(x, Axis.VOCAB)}, {self.names[s.id]}, n, v)"
+        return f"put({self.entry(x)}, {self.names[s.id]}, n, v)"
 
     def _is_y(self, n: Node) -> str:
         s = n.args[0]
@@ -287,7 +298,7 @@ class Writer:
 
     def _pow(self, n: Node) -> str:
         a, p = self.args(n)
-        return f"torch.as_tensor({a}) ** {p}"
+        return f"{self.tensor(n.args[0], a)} ** {p}"
 
     def _logaddexp(self, n: Node) -> str:
         a, c = self.args(n)
@@ -315,12 +326,13 @@ class Writer:
         return f"{a} | {c}"
 
     def _not(self, n: Node) -> str:
-        return f"torch.logical_not(torch.as_tensor({self.args(n)[0]}))"
+        a = self.args(n)[0]
+        return f"not {a}" if n.q.axis is Axis.CONST else f"~{a}"
 
     # reductions over entries
     def _over(self, n: Node, fill: str) -> str:
         x, s = n.args
-        return f"entries({self.use(x, Axis.VOCAB)}, {self.names[s.id]}, {fill}, n, v)"
+        return f"entries({self.entry(x)}, {self.names[s.id]}, {fill}, n, v)"
 
     def _sum_v(self, n: Node) -> str:
         return f"{self._over(n, '0.0')}.sum(1)"
@@ -387,8 +399,8 @@ class Writer:
         parts = []
         for c in staged.cotangents:
             y = self.names[c.at_y.id] if c.at_y is not None else "None"
-            sets = ", ".join(f"({self.names[s.id]}, {self.spread(x)})" for s, x in c.at_sets)
-            dense = self.spread(c.dense) if c.dense is not None else "None"
+            sets = ", ".join(f"({self.names[s.id]}, {self.entry(x)})" for s, x in c.at_sets)
+            dense = self.entry(c.dense) if c.dense is not None else "None"
             leaf = c.leaf
             args = f"{number(c.temperature)}, {y}, [{sets}], {dense}"
             parts.append(f"softmax_adjoint(d['{_mangle(str(leaf.attr('dist')))}'], {args})")
@@ -397,9 +409,6 @@ class Writer:
         gates = ", ".join(f"'gate_{i}': {self.names[n.id]}" for i, (_, n) in enumerate(staged.gates))
         both = ", ".join(x for x in (terms, gates) if x)
         self.lines.append(f"return {self.names[staged.total.id]}, dz, {{{both}}}")
-
-    def spread(self, n: Node) -> str:
-        return self.use(n, Axis.VOCAB) if n.q.axis is not Axis.CONST else self.names[n.id]
 
 
 def key(n: Node) -> str:
@@ -413,7 +422,7 @@ _ALLOWED = (
     ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Name, ast.Load,
     ast.Store, ast.Constant, ast.Call, ast.Attribute, ast.Subscript, ast.Slice, ast.Tuple, ast.List,
     ast.Dict, ast.BinOp, ast.UnaryOp, ast.Compare, ast.keyword, ast.Add, ast.Sub, ast.Mult, ast.Div,
-    ast.Pow, ast.USub, ast.BitAnd, ast.BitOr, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq,
+    ast.Pow, ast.USub, ast.Not, ast.Invert, ast.BitAnd, ast.BitOr, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq,
 )  # fmt: skip
 _ROOTS = frozenset(
     "torch d r b x y n v like abs float log where schedule member union intersection with_bin "

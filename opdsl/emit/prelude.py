@@ -17,7 +17,7 @@ class Dense:
 
     def __init__(self, logits, y):
         self.z, self.y = logits, y
-        self._lse = None
+        self._lse, self._at = None, {}
 
     @property
     def lse(self):
@@ -26,7 +26,11 @@ class Dense:
         return self._lse
 
     def tempered(self, temperature):
-        return self if temperature == 1.0 else Dense(self.z / temperature, self.y)
+        if temperature == 1.0:
+            return self
+        if temperature not in self._at:
+            self._at[temperature] = Dense(self.z / temperature, self.y)
+        return self._at[temperature]
 
     def full(self):
         return (self.z - self.lse).clamp_min_(FLOOR)
@@ -129,12 +133,8 @@ def add_bin(x, s):
 
 def entries(x, s, fill, n, v):
     """A value on the entries of a set: [n, K] (or [n, V]), `fill` at entries not valid."""
-    if not torch.is_tensor(x):
-        x = torch.as_tensor(x)
     x = x[:, None] if x.dim() == 1 else x
-    if s is None:
-        return x.expand(n, v)
-    return torch.where(s[1], x, fill)
+    return x.expand(n, v) if s is None else torch.where(s[1], x, fill)
 
 
 def put(x, s, n, v):
@@ -197,9 +197,13 @@ def schedule(kind, start, stop, over, step, total):
 
 
 def where(test, yes, no, like):
-    """torch.where for any mix of numbers and tensors."""
-    if not torch.is_tensor(test):
-        return yes if test else no
+    """torch.where for any mix of numbers and tensors; the result varies over what either does."""
+    if not torch.is_tensor(test) or test.dim() == 0:
+        chosen, other = (yes, no) if test else (no, yes)
+        if not torch.is_tensor(other) or other.dim() == 0:
+            return chosen
+        chosen = torch.as_tensor(chosen, dtype=like, device=other.device)
+        return chosen.expand(torch.broadcast_shapes(chosen.shape, other.shape))
     yes = torch.as_tensor(yes, dtype=like, device=test.device)
     no = torch.as_tensor(no, dtype=like, device=test.device)
     return torch.where(test, yes, no)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING
 
-from opdsl.formula.normal import Atom, Mono, Poly, plus
+from opdsl.formula.algebra import Atom, Mono, Poly, plus
 from opdsl.formula.notation import (
     ONE,
     Add,
@@ -88,7 +88,9 @@ class Layout:
         for m, c in a.items():
             tests = frozenset((x, p) for x, p in m if x.kind in ("ind", "in"))
             out[tests] = plus(out.get(tests, {}), {m - tests: c})
-        return [([(x, True) for x, _ in sorted(t, key=lambda y: y[0].order)], p) for t, p in out.items()]
+        return [
+            ([(x, True) for x, _ in sorted(t, key=lambda y: y[0].order)], p) for t, p in out.items()
+        ]
 
     def _cubes(self, a: Poly, xs: list[Atom]) -> list[tuple[list[tuple[Atom, bool]], Poly]]:
         """The fewest disjoint blocks of conditions on which the value is the same."""
@@ -109,14 +111,19 @@ class Layout:
         cubes: list[tuple[tuple[bool | None, ...], frozenset]] = []
         for cube in product((None, True, False), repeat=len(xs)):
             inside = frozenset(
-                c for c in table if c not in never and all(w is None or w == h for w, h in zip(cube, c))
+                c
+                for c in table
+                if c not in never and all(w is None or w == h for w, h in zip(cube, c))
             )
             if inside and inside <= set(alive) and len({_key(table[c]) for c in inside}) == 1:
                 cubes.append((cube, inside))
-        cubes.sort(key=lambda c: (-len(c[1]), [w is None for w in c[0]]))
+        cubes.sort(key=lambda c: (-len(c[1]), sum(w is not None for w in c[0])))
         chosen = _cover(alive, cubes, len(alive)) or []
         return [
-            ([(x, b) for x, b in zip(xs, cube) if b is not None], table[min(inside, key=alive.index)])
+            (
+                [(x, b) for x, b in zip(xs, cube) if b is not None],
+                table[min(inside, key=alive.index)],
+            )
             for cube, inside in chosen
         ]
 
@@ -202,7 +209,9 @@ class Layout:
             base = self.printer.atom(x)
             if isinstance(base, Add) and len(base.items) == 1 and p % 2 == 1:
                 sign, base = not sign, base.items[0][1]  # −min is not a factor with a sign inside
-            raised = base if abs(p) == 1 else Root(base) if abs(p) == 0.5 else Pow(base, Num(abs(p)))
+            raised = (
+                base if abs(p) == 1 else Root(base) if abs(p) == 0.5 else Pow(base, Num(abs(p)))
+            )
             (top if p > 0 else bottom).append((_rank(x, self.printer), raised))
         above: list[Math] = [x for _, x in sorted(top, key=lambda t: t[0])]
         below = [x for _, x in sorted(bottom, key=lambda t: t[0])]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdsl.formula.algebra import Atom, Poly, plus, scaled, single, times
 from opdsl.formula.naming import Names
-from opdsl.formula.normal import Atom, Poly, plus, scaled, single, times
-from opdsl.formula.notation import Call, Ind, Math, Rel, Sym, add, mul
+from opdsl.formula.notation import Add, Call, Ind, Math, Rel, Sym, add, mul
 from opdsl.formula.recognise import recognised, unmixed
 from opdsl.ir.derive import Cotangent, cotangents
 from opdsl.ir.program import expand_tails
@@ -73,16 +73,25 @@ def _field(names: Names, term: Term, c: Cotangent) -> Field:
             inside = Rel("∈", Sym("v", "v"), mark) if mark is not None else None
             if inside is not None and len(parts) == 1 and not y:
                 place = inside
-            pieces.append((True, value if place or inside is None else mul([Ind(inside), value])))
+            pieces.append(
+                _signed([Ind(inside)] if inside is not None and place is None else [], value)
+            )
         if y:
             test = Ind(Rel("=", Sym("v", "v"), names.printer.index("y")))
             value = names.printer.poly(scaled(y, -1.0))
-            pieces.append((True, mul([value, test])))
+            pieces.append(_signed([test], value))
         right = add(pieces)
     left: Math = Sym("c_t", "c_t")
     if not vector:
         left = Call(left, (Sym("v", "v"),))
     return Field(term.name, left, right, place, shifted, c.temperature)
+
+
+def _signed(factors: list[Math], value: Math) -> tuple[bool, Math]:
+    """A product with the sign of its last factor in front."""
+    if isinstance(value, Add) and len(value.items) == 1:
+        return value.items[0][0], mul([*factors, value.items[0][1]])
+    return True, mul([*factors, value])
 
 
 def _entry(m: frozenset) -> frozenset:

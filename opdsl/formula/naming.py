@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from opdsl.formula.normal import Atom, Normal
+from opdsl.formula.algebra import Atom
+from opdsl.formula.normal import Normal
 from opdsl.formula.notation import Call, Join, Math, Rel, Sym, Text, Wrap, add, mul
 from opdsl.formula.printer import Printer
 from opdsl.formula.symbols import Named, Symbols, primed, short_names
@@ -166,7 +167,12 @@ def _routing(names: Names, term: Term) -> None:
     over = Rel("∈", v, place if place is not None else Text("the vocabulary"))
     names.define(c.at("t"), "=", Wrap("set", Join(",", (Rel(":", over, tests[0]), *tests[1:]))))
     weight = names.meaning(how.raw_target)
-    names.define(Call(rho.at("t"), (v,)), "∝", weight, f"positive part, over {c.at('t').u}" if _signed(how) else f"over {c.at('t').u}")
+    names.define(
+        Call(rho.at("t"), (v,)),
+        "∝",
+        weight,
+        f"positive part, over {c.at('t').u}" if _signed(how) else f"over {c.at('t').u}",
+    )
     names.define(m.at("t"), "=", names.meaning(how.strength))
     names.give(how.routable, c, "ind")
     names.give(how.target, rho, "named", "v")

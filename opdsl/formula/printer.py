@@ -6,18 +6,9 @@ written operation by operation.
 
 from __future__ import annotations
 
+from opdsl.formula.algebra import Atom, Dist, Poly, in_order, leaf, only_dist
 from opdsl.formula.factor import Layout
-from opdsl.formula.normal import (
-    Atom,
-    Dist,
-    Normal,
-    Poly,
-    in_order,
-    is_mean,
-    is_softmax,
-    leaf,
-    only_dist,
-)
+from opdsl.formula.normal import Normal, is_mean, is_softmax
 from opdsl.formula.notation import (
     ONE,
     ZERO,
@@ -42,14 +33,22 @@ from opdsl.formula.notation import (
 )
 from opdsl.formula.recognise import Divergence, differences, recognised, unmixed
 from opdsl.formula.symbols import Named, Symbols
-from opdsl.meaning.graph import nodes_below, static_value
+from opdsl.meaning.graph import static_value
 from opdsl.meaning.node import SET_OPS, Node
 
 _OVER = {
     "others_sum": "j ≠ i", "group_sum": "j ∈ group", "group_max": "j ∈ group",
     "position_sum": "same position", "sum_b": "batch", "max_b": "batch", "sum_t": "k",
 }  # fmt: skip
-_HEADS = {"KL": "KL", "H": "H", "cross": "CE", "TV": "TV", "chi2": "χ²", "hellinger": "Hel²", "JSD": "JSD"}
+_HEADS = {
+    "KL": "KL",
+    "H": "H",
+    "cross": "CE",
+    "TV": "TV",
+    "chi2": "χ²",
+    "hellinger": "Hel²",
+    "JSD": "JSD",
+}
 _FLIP = {"<": ">", "≤": "≥", ">": "<", "≥": "≤", "=": "=", "≠": "≠"}
 _NOT = {"<": "≥", "≤": ">", ">": "≤", "≥": "<", "=": "≠", "≠": "="}
 
@@ -70,7 +69,9 @@ class Printer:
         return self.poly(self.normal.poly(n, at))
 
     def poly(self, a: Poly) -> Math:
-        return self.layout(differences(_means(self._windows(unmixed(recognised(a, not self.written_out))))))
+        return self.layout(
+            differences(_means(self._windows(unmixed(recognised(a, not self.written_out)))))
+        )
 
     def moved(self, n: Node, time: str | None = None, row: str | None = None) -> Math:
         """The value of a node at another time or of another rollout."""
@@ -229,7 +230,7 @@ class Printer:
     def condition(self, n: Node, at: str = "v", positive: bool = True) -> Math:
         """A test in words of mathematics."""
         if n.id in self.normal.names:
-            sign, atom = self.normal.names[n.id]
+            _, atom = self.normal.names[n.id]
             return self.literal(Atom(atom.kind, atom.key, at if atom.at else ""), positive)
         match n.op:
             case "not":
@@ -247,7 +248,11 @@ class Printer:
                 return Sym("y_t special" if positive else "y_t not special",
                            r"y_t\ \mathrm{special}" if positive else r"y_t\ \mathrm{not\ special}")  # fmt: skip
             case "input" if n.attr("name") == "field":
-                return Rel("=" if positive else "≠", Text(f"x.{n.attr('field')}"), Text(f"{n.attr('equals')}"))
+                return Rel(
+                    "=" if positive else "≠",
+                    Text(f"x.{n.attr('field')}"),
+                    Text(f"{n.attr('equals')}"),
+                )
             case "const":
                 return Text("always" if bool(n.value) == positive else "never")
         inner = self.expr(n, at)
@@ -327,7 +332,9 @@ class Printer:
             case "where":
                 test, yes, no = n.args
                 on, off = Ind(self.condition(test, at)), Ind(self.condition(test, at, False))
-                return add([(True, mul([on, self.expr(yes, at)])), (True, mul([off, self.expr(no, at)]))])
+                return add(
+                    [(True, mul([on, self.expr(yes, at)])), (True, mul([off, self.expr(no, at)]))]
+                )
         return Call(Sym(n.op, words(n.op)), tuple(self.expr(a, at) for a in n.args))
 
     def _input(self, n: Node) -> Math:
@@ -349,7 +356,10 @@ class Printer:
             case "special" | "field":
                 return Ind(self.condition(n))
             case "variable":
-                named = Named(str(n.attr("of")), words(str(n.attr("of"))) if len(str(n.attr("of"))) > 1 else str(n.attr("of")))
+                named = Named(
+                    str(n.attr("of")),
+                    words(str(n.attr("of"))) if len(str(n.attr("of"))) > 1 else str(n.attr("of")),
+                )
                 return named.at(self.time, self.row)
         return Sym(str(n.attr("name")), words(str(n.attr("name"))))
 
@@ -383,7 +393,11 @@ class Printer:
             power = "k−t" if under == "k ≥ t" else "k−t−1"
             base = self.expr(rate)
             weight = Pow(base, Sym(power, power.replace("−", "-")))
-        sign = Rel("≥", Sym("k", "k"), Sym("t", "t")) if under == "k ≥ t" else Rel(">", Sym("k", "k"), Sym("t", "t"))
+        sign = (
+            Rel("≥", Sym("k", "k"), Sym("t", "t"))
+            if under == "k ≥ t"
+            else Rel(">", Sym("k", "k"), Sym("t", "t"))
+        )
         return Big("Σ", sign, mul([weight, self.moved(a, "k")]))
 
     def _shift(self, n: Node) -> Math:
@@ -401,7 +415,11 @@ class Printer:
                 if x.kind != "node" or p != 1:
                     continue
                 n = self.normal.nodes[x.key]  # type: ignore[index]
-                if n.op != "shift" or n.args[0].op != "scan" or static_value(n.args[0].args[1]) != 1:
+                if (
+                    n.op != "shift"
+                    or n.args[0].op != "scan"
+                    or static_value(n.args[0].args[1]) != 1
+                ):
                     continue
                 scan = self.normal.opaque(n.args[0], "v")
                 ((sm, _),) = scan.items()

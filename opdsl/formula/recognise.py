@@ -9,7 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdsl.formula.normal import UNIT, Atom, Dist, Mono, Poly, frozen, held, plus, scaled, thaw, times
+from opdsl.formula.algebra import (
+    UNIT,
+    Atom,
+    Dist,
+    Mono,
+    Poly,
+    frozen,
+    held,
+    plus,
+    scaled,
+    thaw,
+    times,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +222,7 @@ def _symmetric(a: Poly) -> Poly:
 
 
 def _divided(a: Poly, b: Poly) -> Poly | None:
-    from opdsl.formula.normal import power
+    from opdsl.formula.algebra import power
 
     inverse = power(b, -1.0) if len(b) == 1 else None
     return None if inverse is None else times(a, inverse)

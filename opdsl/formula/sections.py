@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdsl.formula.algebra import Dist, leaf
 from opdsl.formula.gradient import Field, fields
 from opdsl.formula.naming import Definition, Names, named
-from opdsl.formula.normal import Dist, leaf
 from opdsl.formula.notation import (
     Add,
     Big,
@@ -98,11 +98,19 @@ def _prefix(names: Names, rows: list[Row], mark: str, golden: bool) -> tuple[str
         case "sum":
             return "Σ_t", r"\sum_t", ""
         case "tokens":
-            return f"1/N{mark} Σ_t", rf"\frac{{1}}{{N{star}}} \sum_t", f"N{mark} = response tokens {text}"
+            return (
+                f"1/N{mark} Σ_t",
+                rf"\frac{{1}}{{N{star}}} \sum_t",
+                f"N{mark} = response tokens {text}",
+            )
         case "kept_tokens":
             gate = unicode(names.printer.expr(rows[0].term.gate))
             kept = f"Σ_t {gate}" if gate != "1" else "response tokens"
-            return f"1/N{mark} Σ_t", rf"\frac{{1}}{{N{star}}} \sum_t", f"N{mark} = {kept}, the kept tokens {text}"
+            return (
+                f"1/N{mark} Σ_t",
+                rf"\frac{{1}}{{N{star}}} \sum_t",
+                f"N{mark} = {kept}, the kept tokens {text}",
+            )
         case "response_length":
             return f"Σ_i 1/|y{mark}| Σ_t", rf"\sum_i \frac{{1}}{{|y{star}|}} \sum_t", ""
     return (
@@ -234,7 +242,9 @@ def _rest(names: Names, before: list[Definition]) -> list[Definition]:
             if ("div", kind) not in done:
                 done.add(("div", kind))
                 out.append(_divergence(names, found))
-    return sorted(out, key=lambda d: isinstance(d.left, Call) and d.op == "=" and "p" in unicode(d.left))
+    return sorted(
+        out, key=lambda d: isinstance(d.left, Call) and d.op == "=" and "p" in unicode(d.left)
+    )
 
 
 def letters_used(names: Names) -> list[Definition]:
@@ -243,7 +253,7 @@ def letters_used(names: Names) -> list[Definition]:
 
 
 def _ratio(names: Names, a: Dist, b: Dist) -> Definition:
-    from opdsl.formula.normal import Atom
+    from opdsl.formula.algebra import Atom
 
     printer = names.printer
     left = printer.difference(Atom("diff", (a, b), "v"), True)
@@ -297,7 +307,9 @@ def _divergence(names: Names, found: list[Divergence]) -> Definition:
     s = names.symbols.set(names.printer.normal.sets[sid])
     v = Sym("v", "v")
     under: Math = v if s is None else Rel("∈", v, s)
-    note = "over the set in the subscript" if several else "over the vocabulary" if s is None else ""
+    note = (
+        "over the set in the subscript" if several else "over the vocabulary" if s is None else ""
+    )
     if d.detached:
         note = "; ".join(x for x in (note, "logarithms held constant") if x)
     return Definition(left, "=", _meaning(names, generic, under), note)
@@ -321,7 +333,9 @@ def _meaning(names: Names, d: Divergence, under: Math) -> Math:
         case "chi2":
             return Big("Σ", under, Frac(Pow(gap, Num(2)), q))
         case "hellinger":
-            return mul([half, Big("Σ", under, Pow(Add(((True, Root(p)), (False, Root(q)))), Num(2)))])
+            return mul(
+                [half, Big("Σ", under, Pow(Add(((True, Root(p)), (False, Root(q)))), Num(2)))]
+            )
         case "L2":
             return Big("Σ", under, Pow(gap, Num(2)))
     assert d.kind == "JSD" and d.weight is not None

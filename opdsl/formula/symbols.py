@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from opdsl.formula.normal import Dist
+from opdsl.formula.algebra import Dist
 from opdsl.formula.notation import Call, Join, Math, Rel, Sym, Text, add, mul, words
 from opdsl.meaning.node import Node
 
@@ -130,7 +130,10 @@ class Symbols:
                 d = ("leaf", leaf.attr("dist"), leaf.attr("temperature"), False)
                 k = f"{s.attr('k')}"
                 if s.op == "top_p":
-                    return Call(Sym(f"nucleus-{s.attr('p'):g}", words(f"nucleus-{s.attr('p'):g}")), (self.dist(d),))
+                    return Call(
+                        Sym(f"nucleus-{s.attr('p'):g}", words(f"nucleus-{s.attr('p'):g}")),
+                        (self.dist(d),),
+                    )
                 return Call(Sym(f"top-{k}", words(f"top-{k}")), (self.dist(d),))
             case "with_bin":
                 return self.described(s.args[0])

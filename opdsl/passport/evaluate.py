@@ -51,7 +51,9 @@ class World:
         return World(self.teacher, self.teacher, self.initial, self.seed)
 
     def with_student(self, p_SV: np.ndarray) -> World:
-        return World(np.log(np.maximum(p_SV, 1e-300))[:, None], self.teacher, self.initial, self.seed)
+        return World(
+            np.log(np.maximum(p_SV, 1e-300))[:, None], self.teacher, self.initial, self.seed
+        )
 
     def gradients(self) -> dict[str, np.ndarray]:
         """Logit gradients [S, V] of the comparisons a field may be made of."""

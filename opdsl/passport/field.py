@@ -173,7 +173,9 @@ def divergence(spec: Spec, term: Term) -> str | None:
     value = value_SY[:, 0]
     if not np.isfinite(value).all():
         return None
-    betas = {x for n in nodes_below([term.loss]) if (x := static_value(n)) is not None and 0 < x < 1}
+    fixed = {x for n in nodes_below([term.loss]) if (x := static_value(n)) is not None}
+    betas = {x for x in (*fixed, *(float(np.exp(x)) for x in fixed if -9 < x < 0)) if 0 < x < 1}
+    betas = {round(x, 12) for x in betas}
     basis = _values(*pairs, sorted(betas))
     for name, x in basis.items():
         k = float((value @ x) / (x @ x))
@@ -200,7 +202,9 @@ def _sides(term: Term, world: World, run: Evaluator) -> tuple[np.ndarray, np.nda
     return out[0], out[1], out[2]
 
 
-def _values(p: np.ndarray, q: np.ndarray, r: np.ndarray, betas: list[float]) -> dict[str, np.ndarray]:
+def _values(
+    p: np.ndarray, q: np.ndarray, r: np.ndarray, betas: list[float]
+) -> dict[str, np.ndarray]:
     """Comparison -> value [S], for the pairs a loss may compare."""
 
     def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ formula written by hand is treated like the library's. Theory: T1–T9, §6, §7
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
 
 from opdsl.ir.derive import cotangents
 from opdsl.ir.program import expand_tails
@@ -18,74 +19,9 @@ from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import Info
 from opdsl.meaning.spec import Schedule, Spec, Term
 from opdsl.passport import field
+from opdsl.passport.returns import credit_of
 
 RKL, FKL = "KL(student||T)", "KL(T||student)"
-
-
-@dataclass(frozen=True, slots=True)
-class Credit:
-    """kind: immediate | return_to_go | future | full | discounted | window | gae | other."""
-
-    kind: str
-    gamma: float | None = 1.0
-    lam: float | None = 1.0
-    tokens: int | None = None
-
-    @property
-    def exact(self) -> bool:
-        """Unbiased for the sequence objective whatever is subtracted (T2, T5)."""
-        return self.kind in ("return_to_go", "full")
-
-
-def credit_of(term: Term) -> Credit:
-    """How later signals count for a token."""
-    signal, advantage = term.signal, term.advantage
-    if term.route != "reward" or signal is None or advantage is None:
-        return Credit("none")
-    below = nodes_below([advantage])
-    reads = {n.id for n in below if any(x is signal for x in nodes_below([n]))}
-    critic = [n for n in below if n.op == "input" and n.attr("name") == "values"]
-    over = [n for n in below if n.op in ("scan", "sum_t", "shift") and n.id in reads]
-    scans = [n for n in over if n.op == "scan"]
-    if not over:
-        bootstraps = any(n.op == "shift" and n.args[0] in critic for n in below)
-        return Credit("gae", _slope(advantage), 0.0) if bootstraps else Credit("immediate", 0.0)
-    if critic and scans:
-        rate, gamma = static_value(scans[0].args[1]), _slope(scans[0].args[0])
-        if any(n.op == "shift" and n.args[0] in critic for n in below):
-            lam = None if rate is None or not gamma else rate / gamma
-            return Credit("gae", gamma, lam)
-    if any(n.op == "sum_t" for n in over) and not scans:
-        return Credit("full")
-    if len(scans) != 1:
-        return Credit("other", None)
-    rate = static_value(scans[0].args[1])
-    shifts = [int(n.attr("n")) for n in over if n.op == "shift" and n.args[0] is scans[0]]  # type: ignore[call-overload]
-    if rate is None or not 0 <= rate <= 1:
-        return Credit("other", None)
-    if rate < 1:
-        return Credit("discounted", rate)
-    if not shifts:
-        return Credit("return_to_go")
-    bare = any(scans[0] in n.args and n.op != "shift" for n in below) or advantage is scans[0]
-    if shifts == [1] and not bare:
-        return Credit("future")
-    return Credit("window", 1.0, None, max(shifts)) if bare else Credit("other", None)
-
-
-def _slope(delta: Node) -> float | None:
-    """γ of r_t + γ V(s_{t+1}) − V(s_t): the factor on the critic's next value."""
-    for n in nodes_below([delta]):
-        if n.op == "mul" and any(_next_value(a) for a in n.args):
-            other = next(a for a in n.args if not _next_value(a))
-            return static_value(other)
-        if n.op in ("add", "sub") and any(_next_value(a) for a in n.args):
-            return 1.0
-    return 1.0
-
-
-def _next_value(n: Node) -> bool:
-    return n.op == "shift" and n.args[0].op == "input" and n.args[0].attr("name") == "values"
 
 
 # ---- terms -----------------------------------------------------------------------------------
@@ -122,9 +58,7 @@ class View:
     def reads_student(self) -> bool:
         """A frozen factor of the field that moves with the student."""
         live = [self.term.gate, self.term.weight]
-        return any(
-            n.op == "logp" and n.attr("dist") == "student" for n in nodes_below(live)
-        )
+        return any(n.op == "logp" and n.attr("dist") == "student" for n in nodes_below(live))
 
     @cached_property
     def cut(self) -> str | None:
@@ -162,6 +96,12 @@ class View:
         where = " at visited states"
         if self.sampled:
             where = " over sampled tokens"
+        elif (
+            field.divergence(self.spec, term) is None
+            and self.shape is not None
+            and self.shape.parts
+        ):
+            return self._expected() + self._support() + self._gated()
         return self.divergence + where + self._support() + self._gated()
 
     def _support(self) -> str:
@@ -193,17 +133,32 @@ class View:
         term, s, credit = self.term, self.shape, self.credit
         if not term.teachers and term.signal is not None and not dists_below([term.signal]):
             return "expected reward of whole sequences"
-        kl = self._signal_name()
+        if s is not None and s.zero:
+            if credit.kind == "immediate":
+                return "none: the expected gradient is zero"
+            return "only the occupancy part: which states are visited, not which token is right"
+        kl, known = self._signal_name()
+        if not known:
+            return kl
         match credit.kind:
             case "immediate":
-                if s is not None and s.zero:
-                    return "none: the expected gradient is zero"
                 text = f"Σ_t {kl} at visited states, states held fixed (J_fro)"
                 if term.routing.kind in ("suppress", "proportional"):
                     return text
                 return text + "; punished tokens rerouted, so no scalar objective as a whole"
             case "return_to_go" | "full":
-                return f"{kl} of whole sequences (J_seq)"
+                text = f"{kl} of whole sequences (J_seq)"
+                if self.by_length:
+                    return (
+                        text
+                        + " divided by their length"
+                        + (
+                            ", with a bias: the length depends on the tokens"
+                            if credit.kind == "return_to_go"
+                            else ""
+                        )
+                    )
+                return text
             case "future":
                 return f"the part of {kl} of whole sequences that runs through later states"
             case "gae":
@@ -211,35 +166,69 @@ class View:
                     return f"{kl} of whole sequences (J_seq), up to the critic's error"
                 return "not the gradient of any objective (discounted return)"
             case "discounted":
-                return f"not the gradient of any objective (discounted return, γ = {credit.gamma:g})"
+                return (
+                    f"not the gradient of any objective (discounted return, γ = {credit.gamma:g})"
+                )
             case "window":
                 return f"between J_fro and J_seq: {kl} of the next {credit.tokens} tokens"
         return "not decided"
 
-    def _signal_name(self) -> str:
+    @property
+    def by_length(self) -> bool:
+        return self.spec.aggregate in ("sequences", "response_length")
+
+    def _signal_name(self) -> tuple[str, bool]:
+        """What the signal pulls down, and whether that is a divergence at all."""
         s = self.shape
         if s is None:
-            return "a divergence (not decided)"
-        if s.parts is not None and s.parts:
-            return combination(s.parts, self.teacher)
+            return "not decided", False
+        if s.parts:
+            text = combination(s.parts, self.teacher)
+            return (f"[{text}]" if len(s.parts) > 1 else text), True
         if s.scaled is not None:
-            return f"{pretty(s.scaled, self.teacher)} reweighted by state"
+            return f"{pretty(s.scaled, self.teacher)} reweighted by state", True
         if self.monotone:
-            return f"a reshaped {pretty(RKL, self.teacher)} with the same minimiser"
-        return "a signal that is no known divergence"
+            return f"a reshaped {pretty(RKL, self.teacher)} with the same minimiser", True
+        if self.one_sided:
+            return "no divergence: the reward has one sign, whichever way the student errs", False
+        return "no known divergence (not decided)", False
+
+    @property
+    def exact_signal(self) -> bool:
+        """A signal whose return-to-go is the gradient of its own mean (T2): the log-ratio, whose
+        score averages to zero, or one that does not move with the student."""
+        if self.shape is not None and self.shape.parts and set(self.shape.parts) <= {RKL}:
+            return True
+        signal = self.term.signal
+        return signal is not None and not any(
+            (n.op == "logp" and n.attr("dist") == "student") or n.attr("name") == "rollout_logp"
+            for n in nodes_below([signal])
+        )
+
+    @cached_property
+    def _signal(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(signal, log π_T − log π) [S, Y] on random states."""
+        world = field.random_world(3)
+        try:
+            r = field.Evaluator(world).token(self.term.signal) if self.term.signal else None
+        except (field.Unknown, ValueError):
+            return None
+        return None if r is None else (r, world.teacher[:, 0] - world.student[:, 0])
+
+    @cached_property
+    def one_sided(self) -> bool:
+        """The same sign for tokens above and below the teacher."""
+        if self._signal is None:
+            return False
+        r, _ = self._signal
+        return bool((r <= 1e-12).all() or (r >= -1e-12).all())
 
     @cached_property
     def monotone(self) -> bool:
         """A bounded or bent log-ratio: same sign, zero where both agree (theory §6.3)."""
-        world = field.random_world(3)
-        run = field.Evaluator(world)
-        try:
-            r = run.token(self.term.signal) if self.term.signal is not None else None
-        except (field.Unknown, ValueError):
+        if self._signal is None:
             return False
-        if r is None:
-            return False
-        gap = world.teacher[:, 0] - world.student[:, 0]
+        r, gap = self._signal
         return bool((r * gap >= -1e-12).all() and (r * gap > 0).any())
 
     # -- conservative? -----------------------------------------------------------------------------
@@ -248,9 +237,13 @@ class View:
         term, credit = self.term, self.credit
         if term.rows == "golden":
             return True
+        if self.shape is not None and self.shape.zero:
+            return True if term.route != "reward" or credit.kind == "immediate" else None
         if term.route == "reward":
             if credit.kind == "none":
                 return None
+            if credit.kind != "immediate" and not self.exact_signal:
+                return False if credit.kind == "discounted" else None
             if term.routing.kind != "suppress" or not on_policy:
                 return False if credit.kind in ("immediate", "discounted", "window") else None
             if credit.exact and self.plain:
@@ -264,8 +257,6 @@ class View:
             if credit.kind in ("immediate", "discounted", "window"):
                 return False
             return None
-        if self.shape is not None and self.shape.zero:
-            return True
         if on_policy:
             return False
         if term.route == "scores":
@@ -290,7 +281,8 @@ def _holds_student(loss: Node) -> bool:
 
 def _tilted(spec: Spec) -> bool:
     return any(
-        s.kind == "rollouts" and (s.temperature != 1 or s.top_p != 1 or s.top_k or s.policy == "old")
+        s.kind == "rollouts"
+        and (s.temperature != 1 or s.top_p != 1 or s.top_k or s.policy == "old")
         for s in spec.states
     )
 
@@ -357,7 +349,9 @@ def objective(found: list[View]) -> str | list[str]:
     texts = [v.objective for v in rest]
     if pair is not None:
         name = pretty(RKL, pair[0].teacher)
-        texts.insert(0, f"{name} of whole sequences (J_seq): own token in closed form, the rest by returns")
+        texts.insert(
+            0, f"{name} of whole sequences (J_seq): own token in closed form, the rest by returns"
+        )
     return texts[0] if len(texts) == 1 else texts
 
 
@@ -373,6 +367,8 @@ def conservative(spec: Spec, found: list[View]) -> tuple[bool | None, str]:
     if False in answers and answers.count(None) == 0:
         return False, _why_not(found, moving)
     if all(a is True for a in answers):
+        if all(v.shape is not None and v.shape.zero for v in found):
+            return True, "the zero field"
         return True, "the sequence objective" if moving else "states do not move with the student"
     if False in answers:
         return False, _why_not(found, moving)
@@ -384,10 +380,14 @@ def conservative(spec: Spec, found: list[View]) -> tuple[bool | None, str]:
 
 def _why_not(found: list[View], moving: bool) -> str:
     kinds = {v.credit.kind for v in found}
-    if "discounted" in kinds or any(v.credit.kind == "gae" and (v.credit.gamma or 0) < 1 for v in found):
+    if "discounted" in kinds or any(
+        v.credit.kind == "gae" and (v.credit.gamma or 0) < 1 for v in found
+    ):
         return "discounted credit"
     if "window" in kinds:
         return "returns cut short"
+    if any(v.by_length and v.credit.kind == "return_to_go" for v in found):
+        return "returns divided by the length"
     if "immediate" in kinds:
         return "immediate credit"
     return "frozen states" if moving else "frozen factors"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opdsl.diagnostics import Severity
-from opdsl.meaning.graph import nodes_below, static_value
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
-from opdsl.meaning.spec import Spec, Term
+from opdsl.meaning.spec import Spec
 from opdsl.passport import field
 from opdsl.passport.objective import (
     FKL,
@@ -21,17 +21,14 @@ from opdsl.passport.objective import (
     View,
     conservative,
     objective,
-    on_policy,
-    pretty,
     split_kl,
     state_signal,
     views,
 )
+from opdsl.passport.target import UNDECIDED, fixed_point, main_terms, total_field, whole
 
 if TYPE_CHECKING:
     from opdsl.compilation import Compilation
-
-UNDECIDED = "not decided"
 
 
 def passport(compilation: Compilation) -> dict[str, Any]:
@@ -42,15 +39,15 @@ def passport(compilation: Compilation) -> dict[str, Any]:
     spec, program = compilation.require()
     found = views(spec)
     decided, reason = conservative(spec, found)
-    stationary = _stationary(spec)
+    stationary, zero = _stationary(spec), _zero(spec, found)
     need = needs(program)
     return {
         "objective": objective(found),
         "conservative": decided,
         "conservative_reason": reason,
         "stationary_at_teacher": stationary,
-        "fixed_point": fixed_point(spec, found, stationary),
-        "zero_expected_gradient": _zero(spec, found),
+        "fixed_point": fixed_point(spec, found, stationary, zero),
+        "zero_expected_gradient": zero,
         "biases": biases(compilation),
         "descent": descent(spec, found),
         "variance": variance(spec, found),
@@ -82,38 +79,17 @@ def biases(compilation: Compilation) -> list[dict[str, Any]]:
 # ---- the field at a state --------------------------------------------------------------------
 
 
-def _whole(spec: Spec, term: Term) -> Node:
-    """A term with its gate and weight."""
-    b = spec.builder
-    return b.mul(b.mul(term.weight, term.gate), term.loss)
-
-
-def _main(spec: Spec) -> list[Term]:
-    return [t for t in spec.terms if t.rows == "main"]
-
-
-def _total(spec: Spec, world: field.World) -> np.ndarray | None:
-    """The expected field of all terms at visited states [S, V], if all are known there."""
-    total = np.zeros((field.S, field.V))
-    for term in _main(spec):
-        u = field.expected(spec, _whole(spec, term), world)
-        if u is None:
-            return None
-        total = total + u
-    return total
-
-
 def _stationary(spec: Spec) -> bool | None:
     """Whether the whole field vanishes where the student equals its teacher."""
     if not any(t not in ("initial",) for term in spec.terms for t in term.teachers):
         return None
     world = field.random_world(11).at_teacher()
-    answers = [field.vanishes(spec, _whole(spec, t), world) for t in _main(spec)]
+    answers = [field.vanishes(spec, whole(spec, t), world) for t in main_terms(spec)]
     if any(a is False for a in answers):
         return False
     if any(t.rows == "golden" for t in spec.terms):
         return False  # given text pulls elsewhere
-    if any(not t.teachers and a is None for t, a in zip(_main(spec), answers)):
+    if any(not t.teachers and a is None for t, a in zip(main_terms(spec), answers)):
         return False  # a term that never sees the teacher
     return True if all(answers) else None
 
@@ -136,100 +112,6 @@ def _zero(spec: Spec, found: list[View]) -> bool | None:
     return True if all(answers) else None
 
 
-# ---- fixed point -------------------------------------------------------------------------------
-
-
-def fixed_point(spec: Spec, found: list[View], stationary: bool | None) -> str:
-    """The student at which the field vanishes, in closed form where there is one (§11.6)."""
-    main = [v for v in found if v.term.rows == "main"]
-    teacher = _teacher_name(main)
-    if any(v.term.rows == "golden" for v in found):
-        return "none in closed form: given text pulls beside the teacher"
-    if any(v.credit.kind not in ("none", "immediate") for v in main):
-        if stationary:
-            return f"π_{teacher} (at one state ∝ π_{teacher} · exp V: the later tokens count)"
-        return UNDECIDED
-    cut = _cut_point(spec, main, teacher)
-    if cut is not None:
-        return cut
-    world = field.random_world(7)
-    total = _total(spec, world)
-    if total is not None:
-        closed = _closed_form(spec, field.fitted(total, world), world, teacher)
-        if closed is not None:
-            return closed
-    if stationary:
-        return f"π_{teacher}"
-    if stationary is False:
-        return f"none in closed form; not π_{teacher}"
-    return UNDECIDED
-
-
-def _teacher_name(found: list[View]) -> str:
-    names = {t for v in found for t in v.term.teachers if t != "initial"}
-    return next(iter(names)) if len(names) == 1 else "T"
-
-
-def _cut_point(spec: Spec, main: list[View], teacher: str) -> str | None:
-    """A single divergence on a cut support; the claim is checked on random states."""
-    if len(main) != 1 or main[0].cut is None or main[0].term.route != "loss":
-        return None
-    q, tail, view = f"π_{teacher}", main[0].cut, main[0]
-    world = field.random_world(7)
-    loss = view.term.loss
-    if tail == "renormalize":
-        return f"any student with the shape of {q} inside the support; mass outside is free"
-    if tail in ("bin", "sampled") and field.vanishes(spec, loss, world.at_teacher()):
-        if tail == "sampled":
-            return q
-        return f"{q} on the support and in total outside it; the shape outside is free"
-    top = np.argsort(np.argsort(-world.q, -1), -1) < field.CUT
-    inside = np.where(top, world.q, 1e-13)
-    inside = inside / inside.sum(1, keepdims=True)
-    mass = np.where(top, world.q, 0.0).sum(1, keepdims=True)
-    if field.vanishes(spec, loss, world.with_student(inside)) and _is_fkl(view):
-        return f"{q} renormalised on the support; everything outside is erased"
-    shrunk = np.where(top, world.q / np.e, world.q * (1 - mass / np.e) / (1 - mass))
-    if field.vanishes(spec, loss, world.with_student(shrunk)):
-        return f"the shape of {q} on the support with total mass π_{teacher}(Ω)/e: mass is pushed out"
-    if field.vanishes(spec, loss, world.at_teacher()):
-        return f"{q} on the support; the mass outside is free"
-    return UNDECIDED
-
-
-def _is_fkl(view: View) -> bool:
-    return view.divergence.startswith("KL") and view.divergence.rstrip(")").endswith("student")
-
-
-def _closed_form(spec: Spec, s: field.Shape, world: field.World, teacher: str) -> str | None:
-    """∝ π_T^a π_0^b, or a mixture, where the field is made of KLs and entropy; then checked."""
-    if s.parts is None or s.zero:
-        return None
-    k = {n: x for n, x in s.parts.items()}
-    q, r = f"π_{teacher}", "π_0"
-    if set(k) <= {RKL, FKL}:
-        return q if all(x > 0 for x in k.values()) else None
-    if set(k) <= {RKL, "KL(student||initial)", "-H(student)"}:
-        a, b, h = (k.get(n, 0.0) for n in (RKL, "KL(student||initial)", "-H(student)"))
-        total = a + b + h
-        if min(a, total) <= 0 or b < 0:
-            return None
-        p = np.exp((a * np.log(world.q) + b * np.log(world.p0)) / total)
-        text = f"∝ {q}^{_power(a / total)}" + (f" · {r}^{_power(b / total)}" if b else "")
-    elif set(k) <= {FKL, "KL(initial||student)"} and min(k.values()) > 0:
-        a, b = k.get(FKL, 0.0), k.get("KL(initial||student)", 0.0)
-        p = (a * world.q + b * world.p0) / (a + b)
-        text = f"{a / (a + b):.3g} {q} + {b / (a + b):.3g} {r}"
-    else:
-        return None
-    total_at = _total(spec, world.with_student(p / p.sum(1, keepdims=True)))
-    return text if total_at is not None and np.abs(total_at).max() < 1e-7 else None
-
-
-def _power(x: float) -> str:
-    return f"{x:.4g}"
-
-
 # ---- descent, routing, variance --------------------------------------------------------------------
 
 
@@ -241,23 +123,36 @@ def descent(spec: Spec, found: list[View]) -> dict[str, str]:
     if len(main) == 1 and main[0].term.routing.kind == "counterfactual":
         return _routed(spec, main[0])
     if any(v.credit.kind not in ("none", "immediate") for v in main):
-        if all(v.credit.exact and v.plain for v in main) or split_kl(main):
+        whole = [v for v in main if v.credit.exact and v.plain and not v.by_length]
+        if split_kl(main) or (len(whole) == len(main) and all(_sequence_kl(v) for v in whole)):
             only = "guaranteed for whole sequences (in expectation)"
             return {RKL: only, FKL: UNDECIDED}
         return undecided
     world = field.random_world(13)
-    total = _total(spec, world)
+    total = total_field(spec, world)
     if total is None:
         return undecided
     s = field.fitted(total, world)
+    if s.zero:
+        return dict.fromkeys(undecided, "not guaranteed (the expected field is zero)")
     out = {}
     for name, lower in field.descends(total, world).items():
-        own = (s.parts is not None and list(s.parts) == [name] and s.parts[name] > 0) or s.scaled == name
+        own = (
+            s.parts is not None and list(s.parts) == [name] and s.parts[name] > 0
+        ) or s.scaled == name
         if own:
-            out[name] = "guaranteed at visited states (in expectation)" if _is_sampled(main) else "guaranteed at visited states"
+            out[name] = (
+                "guaranteed at visited states (in expectation)"
+                if _is_sampled(main)
+                else "guaranteed at visited states"
+            )
         else:
             out[name] = UNDECIDED if lower else "not guaranteed (counterexample at one state)"
     return out
+
+
+def _sequence_kl(view: View) -> bool:
+    return view.shape is not None and view.shape.only(RKL)
 
 
 def _is_sampled(found: list[View]) -> bool:
@@ -270,7 +165,9 @@ def _routed(spec: Spec, view: View) -> dict[str, str]:
     out = {RKL: UNDECIDED, FKL: UNDECIDED}
     if view.credit.kind != "immediate":
         return out
-    worlds = [field.random_world(seed, spread) for seed, spread in ((17, 1.3), (18, 0.6), (19, 2.2))]
+    worlds = [
+        field.random_world(seed, spread) for seed, spread in ((17, 1.3), (18, 0.6), (19, 2.2))
+    ]
     seen = [x for w in worlds if (x := field.routed_steps(spec, view.term, w)) is not None]
     if not seen:
         return out
@@ -295,7 +192,8 @@ def _in_deficit(mask: Node | None) -> bool:
         if n.op == "and":
             stack += n.args
         elif n.op in ("lt", "le") and _value_of(n.args[0]) == "student":
-            if _value_of(n.args[1]) not in (None, "student", "initial"):
+            deficit = _value_of(n.args[1]) not in (None, "student", "initial")
+            if deficit:
                 return True
     return False
 
@@ -359,7 +257,11 @@ def variance(spec: Spec, found: list[View]) -> str:
     if any(v.term.route != "reward" and v.sampled for v in main):
         parts.append("own token: sampled")
     if any(v.term.route != "reward" and not v.sampled for v in main):
-        parts.append("own token: exact at the state" if len(main) == 1 or "future" in kinds else "direct terms: exact at the state")
+        parts.append(
+            "own token: exact at the state"
+            if len(main) == 1 or "future" in kinds
+            else "direct terms: exact at the state"
+        )
     if "other" in kinds:
         parts.append("return: not decided")
     return "; ".join(parts) or UNDECIDED
@@ -376,6 +278,3 @@ def estimates(found: list[View]) -> list[dict[str, str]]:
         }
         for v in found
     ]
-
-
-__all__ = ["on_policy", "passport", "pretty", "static_value"]

@@ -19,6 +19,8 @@ MAX_DIGITS = 40
 _LETTER = "A-Za-z_\u00b5\u0370-\u03ff"
 _UNITS = "nats|bits|steps|tokens|epochs|%"
 _DIGITS = r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
+# `steps` before `=` is no unit but the name of the next setting: prompts = 1024  steps = 100
+_NOT_A_NAME = r"(?!(?:[ \t\r\n]|\#[^\n]*\n)*=[^=])"
 # Spellings from other languages that have no meaning here; longest first.
 _FOREIGN = (
     "===", "!==", "**", "&&", ":=", "+=", "-=", "*=", "/=", "=>", "*/", "!", "%", "&",
@@ -43,7 +45,7 @@ def _pattern() -> re.Pattern[str]:
         rf"""(?P<space>[ \t\r\n\f\u00a0\ufeff]+)
         |(?P<comment>\#[^\n]*)
         |(?P<word>[{_LETTER}][{_LETTER}0-9]*)
-        |(?P<quantity>{_DIGITS}[ \t]*(?:{_UNITS})(?![A-Za-z_0-9])(?![ \t]*=[^=]))
+        |(?P<quantity>{_DIGITS}[ \t]*(?:{_UNITS})(?![A-Za-z_0-9]){_NOT_A_NAME})
         |(?P<number>{_DIGITS}(?![{_LETTER}0-9.]))
         |(?P<badnumber>\.?[0-9](?:[eE][+-]|[{_LETTER}0-9.])*)
         |(?P<string>"[^"\n]*")
