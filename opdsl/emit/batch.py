@@ -62,7 +62,15 @@ class SparseDist:
     logp_N: Tensor | None
 
 
-Distribution = DenseDist | HiddenDist | SparseDist
+@dataclass(frozen=True)
+class RoutedDist:
+    """One of several distributions, chosen per row (`routed(a, b)` of unlike teachers)."""
+
+    parts: tuple[DenseDist | HiddenDist | SparseDist, ...]
+    choice_N: Tensor  # int64: which part
+
+
+Distribution = DenseDist | HiddenDist | SparseDist | RoutedDist
 
 
 @dataclass(frozen=True)
@@ -213,7 +221,7 @@ class Batch:
                 dists[name] = DenseDist(d.logits_NV[rows])
             elif isinstance(d, HiddenDist):
                 dists[name] = HiddenDist(d.hidden_NH[rows], d.head)
-            else:
+            elif isinstance(d, SparseDist):
                 dists[name] = SparseDist(take(d.ids_NK), take(d.logp_NK), take(d.logp_N))
         return replace(
             self,

@@ -21,6 +21,7 @@ from opdsl.formula.notation import (
     add,
     frac,
     mul,
+    unicode,
 )
 from opdsl.formula.recognise import differences, expanded
 from opdsl.formula.symbols import Named
@@ -76,7 +77,9 @@ class Layout:
                 for literals, part in self.cases(differences(expanded(branch)))
                 if branch
             ]
-        conditions = _conditions(a)
+        conditions = sorted(
+            _conditions(a), key=lambda x: unicode(self.printer.literal(x, True))
+        )
         if not conditions:
             return [([], a)] if a else []
         if len(conditions) > MAX_CONDITIONS:

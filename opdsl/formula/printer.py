@@ -269,7 +269,24 @@ class Printer:
         if static_value(a) is not None or (_reads_teacher(b) and not _reads_teacher(a)):
             a, b, op = b, a, _FLIP[op]
         op = op if positive else _NOT[op]
+        if a.is_const(0) or b.is_const(0):
+            sides = self._sides(self.normal.poly(b if a.is_const(0) else a, at))
+            if sides is not None:
+                left, right = sides
+                op = _FLIP[op] if a.is_const(0) else op
+                if _of_student(left) and not _of_student(right):
+                    left, right, op = right, left, _FLIP[op]
+                return Rel(op, self.poly(left), self.poly(right))
         return Rel(op, self.expr(a, at), self.expr(b, at))
+
+    def _sides(self, a: Poly) -> tuple[Poly, Poly] | None:
+        """x − y compared with 0 is x compared with y."""
+        above = {m: c for m, c in a.items() if c > 0}
+        below = {m: -c for m, c in a.items() if c < 0}
+        if len(above) != 1 or len(below) != 1 or not all(above) or not all(below):
+            return None
+        kinds = {x.kind for m in (*above, *below) for x, _ in m}
+        return (above, below) if kinds <= {"P", "node", "named"} else None
 
     # -- operations the algebra does not see through ---------------------------------------------------
     def node(self, n: Node, at: str = "v") -> Math:
@@ -430,6 +447,10 @@ class Printer:
                     window = Atom("window", (n.args[0].id, int(n.attr("n"))))  # type: ignore[call-overload]
                     out[(m - {(x, p)}) | {(window, 1.0)}] = -c
         return out
+
+
+def _of_student(a: Poly) -> bool:
+    return any(x.kind == "P" and "student" in str(x.key) for m in a for x, _ in m)
 
 
 def _means(a: Poly) -> Poly:

@@ -86,11 +86,13 @@ class ToSympy:
             case "logaddexp":
                 return s.log(s.exp(args[0]) + s.exp(args[1]))
             case "sum_v":
-                top = s.Symbol(f"V_{n.args[1].id}", integer=True, positive=True)
+                top = s.Symbol(f"V_{_set_name(n.args[1])}", integer=True, positive=True)
                 return s.Sum(self.memo[n.args[0].id, "v"], (self.v, 1, top))
             case "where":
                 return s.Piecewise((args[1], self._test(n.args[0], at)), (args[2], True))
-        head = s.Function(f"{n.op}_{n.id}" if not args else n.op)
+        if not args:
+            return s.Symbol(n.op)
+        head = s.Function(n.op)
         return head(*[a for a in args if isinstance(a, s.Basic)])
 
     def _test(self, n: Node, at: str) -> Any:
@@ -110,7 +112,13 @@ class ToSympy:
             case "or":
                 return s.Or(*(self._test(a, at) for a in n.args))
         place = "" if n.q.axis is not Axis.VOCAB else at
-        return s.Symbol(f"c_{n.id}_{place}")
+        return s.Symbol(f"c_{_set_name(n)}_{place}")
+
+
+def _set_name(n: Node) -> str:
+    """A set or condition as a name that is the same in every builder."""
+    facts = "_".join(f"{k}{v}" for k, v in n.attrs)
+    return "_".join(x for x in (n.op, facts, *(_set_name(a) for a in n.args)) if x)
 
 
 def to_sympy(n: Node, at: str = "v") -> Any:
@@ -121,8 +129,8 @@ def to_sympy(n: Node, at: str = "v") -> Any:
 def same(a: Node, b: Node, at: str = "v") -> bool:
     """Whether two nodes are the same function, as far as sympy can show: their difference
     expands to zero, sums over one set taken together."""
-    s, t = _sympy(), ToSympy()
-    gap = s.expand(t(a, at) - t(b, at))
+    s = _sympy()
+    gap = s.expand(to_sympy(a, at) - to_sympy(b, at))
     if gap == 0:
         return True
     limits: dict[Any, Any] = {}
