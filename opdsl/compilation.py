@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from opdsl.syntax import tree
 
 
+# What a statement that could not be read may cause further down: not reported beside it.
+FOLLOWERS = frozenset({"OPD101", "OPD105", "OPD108", "OPD109", "OPD120", "OPD303"})
+
+
 class Compilation:
     """One method of one source. `method` picks by name; the default is the last in the file."""
 
@@ -118,6 +122,8 @@ class Compilation:
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """Everything there is to say, errors first in file order; overridden ones included."""
         _ = self.spec
+        if any(d.code.startswith("OPD0") for d in self.report.items):
+            self.report.items[:] = [d for d in self.report.items if d.code not in FOLLOWERS]
         if self.spec is not None and not self.report.failed:
             from opdsl.passport.bias import boundaries
 

@@ -429,7 +429,7 @@ def test_what_is_printed_is_what_was_compiled(support, feedback):
 
 
 def test_the_routed_field_is_what_was_compiled():
-    m = opdsl.load("cr_opd")
+    m = opdsl.load("cr_opd", set={"reach": 0.2})
     f = formula(m.spec, m.program)
     reader = Reader(m.spec, f.names).read(f)
     defs = {unicode(d.left): d.right for d in f.where}

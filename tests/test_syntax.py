@@ -375,6 +375,7 @@ def rebuilds(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setenv("OPDSL_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(grammar, "compile_tables", lambda text: calls.append(1) or data)
+    monkeypatch.setattr(grammar, "shipped", lambda text: None)  # as while the grammar is edited
 
     def count() -> int:
         calls.clear()
@@ -518,3 +519,13 @@ def test_generated_texts_parse_as_lark_says(lark_parser):
 
     check()
     assert accepted >= 10
+
+
+def test_the_shipped_tables_are_those_of_the_grammar():
+    text = resources.grammar_text()
+    shipped = grammar.shipped(text)
+    assert shipped is not None, "run `python -m opdsl.syntax.grammar` after changing opd.lark"
+    fresh = grammar.compile_tables(text)
+    assert len(shipped["actions"]) == len(fresh["actions"])
+    assert sorted(map(str, shipped["rules"])) == sorted(map(str, fresh["rules"]))
+    assert grammar.shipped(text + " ") is None

@@ -238,6 +238,13 @@ class Batch:
         )
 
 
+def place(batch: Batch, row: int) -> str:
+    """Where a row sits in the tensors handed in."""
+    assert batch.place_N is not None
+    b, t = divmod(int(batch.place_N[row]), max(batch.shape[1], 1))
+    return f"sequence {b}, position {t}"
+
+
 def as_head(x: object) -> Head:
     if isinstance(x, Head):
         return x

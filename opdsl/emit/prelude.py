@@ -55,7 +55,9 @@ class Sparse:
     """What a served teacher gives: its top K (ids, log-probabilities) and the sampled token's."""
 
     def __init__(self, ids, logp, logp_y, y):
-        self.ids, self.logp, self.logp_y, self.y = ids, logp, logp_y, y
+        self.ids, self.y = ids, y
+        self.logp = None if logp is None else logp.clamp_min(FLOOR)
+        self.logp_y = None if logp_y is None else logp_y.clamp_min(FLOOR)
 
     def tempered(self, temperature):
         if temperature != 1.0:
@@ -83,10 +85,18 @@ class Sparse:
         if self.ids is None:
             raise ValueError("this method reads the teacher's top tokens: pass teacher_topk_ids")
         ids = self.ids[:, :k]
-        return ids, torch.ones_like(ids, dtype=torch.bool)
+        return ids, (self.logp[:, :k] > FLOOR / 2) & first(ids)
 
 
 # ---- index sets --------------------------------------------------------------------------------
+
+
+def first(ids):
+    """Whether an entry is the first of its row with this id (lists joined by hand may repeat)."""
+    order = ids.sort(1, stable=True)
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[:, 1:] = order.values[:, 1:] == order.values[:, :-1]
+    return ~torch.zeros_like(again).scatter_(1, order.indices, again)
 
 
 def member(ids, s):

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from opdsl.emit.batch import Batch, BatchError, DenseDist, HiddenDist, SparseDist
+from opdsl.emit.batch import (
+    Batch,
+    BatchError,
+    DenseDist,
+    Distribution,
+    HiddenDist,
+    RoutedDist,
+)
 from opdsl.meaning.spec import Routed
 
 
@@ -36,7 +43,7 @@ def add_routed(batch: Batch, routed: Sequence[Routed]) -> Batch:
         if r.name in dists or not all(p in dists for p in r.parts):
             continue
         choice_B = _choices(batch, r)
-        dists[r.name] = _select([dists[p] for p in r.parts], choice_B[batch.layout.seq_N], r.name)
+        dists[r.name] = _select([dists[p] for p in r.parts], choice_B[batch.layout.seq_N])
     return replace(batch, dists=dists)
 
 
@@ -53,28 +60,67 @@ def _choices(batch: Batch, r: Routed) -> torch.Tensor:
     return torch.tensor(out, dtype=torch.int64, device=batch.layout.seq_N.device)
 
 
-def _select(parts: list, choice_N: torch.Tensor, name: str):
+def _select(parts: list, choice_N: torch.Tensor) -> Distribution:
+    """One distribution where the parts are alike; otherwise all of them, chosen row by row."""
+
+    def pick(xs: list[torch.Tensor]) -> torch.Tensor:
+        out = xs[0]
+        for k, x in enumerate(xs[1:], 1):
+            test = choice_N == k
+            out = torch.where(test[:, None] if x.dim() == 2 else test, x, out)
+        return out
+
     if all(isinstance(p, DenseDist) for p in parts):
-        out = parts[0].logits_NV
-        for k, p in enumerate(parts[1:], 1):
-            out = torch.where((choice_N == k)[:, None], p.logits_NV, out)
-        return DenseDist(out)
-    if all(isinstance(p, SparseDist) for p in parts):
+        return DenseDist(pick([p.logits_NV for p in parts]))
+    if all(isinstance(p, HiddenDist) for p in parts) and len({_head(p) for p in parts}) == 1:
+        return HiddenDist(pick([p.hidden_NH for p in parts]), parts[0].head)
+    return RoutedDist(tuple(parts), choice_N)
 
-        def pick(field: str):
-            xs = [getattr(p, field) for p in parts]
-            if any(x is None for x in xs):
-                return None
-            out = xs[0]
-            for k, x in enumerate(xs[1:], 1):
-                test = choice_N == k
-                out = torch.where(test[:, None] if x.dim() == 2 else test, x, out)
-            return out
 
-        return SparseDist(pick("ids_NK"), pick("logp_NK"), pick("logp_N"))
-    if all(isinstance(p, HiddenDist) for p in parts) and len({id(p.head.weight) for p in parts}) == 1:
-        out = parts[0].hidden_NH
-        for k, p in enumerate(parts[1:], 1):
-            out = torch.where((choice_N == k)[:, None], p.hidden_NH, out)
-        return HiddenDist(out, parts[0].head)
-    raise BatchError(f"`{name}`: teachers with different heads cannot share one fused pass; pass their logits")
+def _head(d: HiddenDist) -> tuple:
+    h = d.head
+    return id(h.weight), id(h.bias), h.scale, h.soft_cap, h.vocab
+
+
+class Chosen:
+    """What the passes read of a `RoutedDist`: every part is asked, each row takes its own."""
+
+    def __init__(self, parts: list, choice_n: torch.Tensor):
+        self.parts, self.choice = parts, choice_n
+
+    def tempered(self, temperature: float) -> Chosen:
+        return Chosen([p.tempered(temperature) for p in self.parts], self.choice)
+
+    def full(self) -> torch.Tensor:
+        return self._pick([p.full() for p in self.parts])
+
+    def at(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._pick([p.at(ids) for p in self.parts])
+
+    def at_y(self) -> torch.Tensor:
+        return self._pick([p.at_y() for p in self.parts])
+
+    def top(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._set([p.top(k) for p in self.parts])
+
+    def top_p(self, p: float, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._set([part.top_p(p, k) for part in self.parts])
+
+    def _pick(self, xs: list[torch.Tensor]) -> torch.Tensor:
+        out = xs[0]
+        for k, x in enumerate(xs[1:], 1):
+            test = self.choice == k
+            out = torch.where(test[:, None] if x.dim() == 2 else test, x, out)
+        return out
+
+    def _set(self, sets: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """A served teacher may give fewer entries than asked for: missing ones do not count."""
+        width = max(ids.shape[1] for ids, _ in sets)
+
+        def widen(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(x, (0, width - x.shape[1]))
+
+        return (
+            self._pick([widen(ids) for ids, _ in sets]),
+            self._pick([widen(valid) for _, valid in sets]),
+        )

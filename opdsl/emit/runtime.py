@@ -14,10 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from opdsl.emit import prelude
-from opdsl.emit.batch import Batch, BatchError, DenseDist, HiddenDist, SparseDist
+from opdsl.emit.batch import (
+    Batch,
+    BatchError,
+    DenseDist,
+    Distribution,
+    HiddenDist,
+    RoutedDist,
+    SparseDist,
+)
+from opdsl.emit.kernels.head import accumulate_type
 from opdsl.emit.kernels.linear_rowwise import linear_rowwise
 from opdsl.emit.module import Emitted, _mangle, check, function_name, input_key, key
-from opdsl.emit.routed import add_routed, resolve
+from opdsl.emit.routed import Chosen, add_routed, resolve
 from opdsl.ir.program import Program
 from opdsl.ir.stages import Stage, Staged
 from opdsl.meaning.quantity import Axis
@@ -70,13 +79,13 @@ class LossModule(nn.Module):
         metrics: dict[str, float] = {}
         for staged in self.emitted.staged:
             rows = self._rows_of(batch, staged)
-            if rows is None:
+            if rows is None or rows.layout.n_rows == 0:
                 continue
             value, found = self._last(staged, rows, context.imports[staged.rows])
             total = value if total is None else total + value
             metrics.update(found)
         if total is None:
-            total = _zero(batch)
+            total, metrics = _zero(batch), {"tokens": 0.0}
         metrics = {"loss": float(total.detach()), **metrics}
         return LossResult(total, metrics)
 
@@ -86,7 +95,10 @@ class LossModule(nn.Module):
         with torch.no_grad():
             for staged in self.emitted.staged:
                 rows = [self._rows_of(p, staged) for p in parts]
-                present = [(i, r) for i, r in enumerate(rows) if r is not None]
+                # a part without tokens (no golden text, or every sequence empty) takes no pass
+                present = [(i, r) for i, r in enumerate(rows) if r is not None and r.layout.n_rows]
+                if not present:
+                    continue
                 stores: list[Numbers] = [{} for _ in present]
                 for st in staged.stages[:-1]:
                     if st.kind == "rows":
@@ -110,7 +122,7 @@ class LossModule(nn.Module):
         self, staged: Staged, st: Stage, rows: list[Batch], stores: list[Numbers]
     ) -> None:
         """A batch pass over all micro-batches; its exports go back to each."""
-        like = _dtype(rows[0]) if rows else torch.float32
+        like = _dtype(rows[0])
         seq, length, group, pos = [], [], [], []
         start = 0
         for r in rows:
@@ -148,6 +160,7 @@ class LossModule(nn.Module):
         if not _is_hidden(batch):
             d = dense_dists(batch, st, inputs["y"])
             out = fn(d, {**_scalars(batch, store, st), **inputs}, _dtype(batch))  # type: ignore[operator]
+            _refuse_broken(_sound(d), batch)
             return {k: _expand(v, batch) for k, v in out.items()}
         scalars = _scalars(batch, store, st)
 
@@ -156,10 +169,10 @@ class LossModule(nn.Module):
             found = fn(d, {**scalars, **rows}, logits["student"].dtype)  # type: ignore[operator]
             size = rows["y"].numel()
             out = {k: torch.as_tensor(v).expand(size) for k, v in found.items()}
-            return torch.zeros(size), None, out
+            return rows["y"].new_zeros(size, dtype=torch.float32), None, {**out, **_sound(d)}
 
         _, _, extras = self._sweep(batch, st, program, inputs)
-        return extras
+        return _refuse_broken(extras, batch)
 
     def _last(
         self, staged: Staged, batch: Batch, store: Mapping[str, Tensor]
@@ -168,8 +181,6 @@ class LossModule(nn.Module):
         fn = self._function(staged, st)
         inputs = row_inputs(batch, st, store)
         scalars = _scalars(batch, store, st)
-        if batch.layout.n_rows == 0:
-            return _zero(batch), {}
         if _is_hidden(batch):
 
             def program(logits: dict[str, Tensor], rows: dict[str, Tensor]):
@@ -177,34 +188,30 @@ class LossModule(nn.Module):
                 value, dz, extra = fn(d, {**scalars, **rows}, logits["student"].dtype)  # type: ignore[operator]
                 size = rows["y"].numel()
                 spread = {k: torch.as_tensor(v).expand(size) for k, v in extra.items()}
-                return torch.as_tensor(value).expand(size), dz, spread
+                value = _overflow(torch.as_tensor(value).expand(size))
+                return value, dz, {**spread, **_sound(d)}
 
             total, _, extras = self._sweep(batch, st, program, inputs)
-            return total, _metrics(staged, extras, batch)
+            return total, _metrics(staged, _refuse_broken(extras, batch), batch)
         with torch.no_grad():
             d = dense_dists(batch, st, inputs["y"])
             value, dz, extras = fn(d, {**scalars, **inputs}, _dtype(batch))  # type: ignore[operator]
-            value = _expand(value, batch)
+            value = _overflow(_expand(value, batch))
+            _refuse_broken(_sound(d), batch)
         student = batch.dists["student"]
         assert isinstance(student, DenseDist)
-        total = _WithGradient.apply(student.logits_NV, value.sum(), dz)
+        total = value.sum(dtype=torch.float64).to(value.dtype)
+        total = _WithGradient.apply(student.logits_NV, total, dz)
         return total, _metrics(staged, {k: _expand(v, batch) for k, v in extras.items()}, batch)
 
     def _sweep(self, batch: Batch, st: Stage, program, inputs: Numbers):
         """`linear_rowwise` with every distribution this pass reads."""
         student = batch.dists["student"]
         assert isinstance(student, HiddenDist)
-        others: dict[str, object] = {}
-        rows = dict(inputs)
-        for name in _read_dists(st):
-            d = batch.dists[resolve(batch, name)]
-            if isinstance(d, DenseDist):
-                others[name] = d.logits_NV
-            elif isinstance(d, HiddenDist):
-                others[name] = (d.hidden_NH, d.head)
-            else:
-                rows.update(_sparse_rows(name, d))
-        return linear_rowwise(student.hidden_NH, student.head, program, rows=rows, others=others)
+        others, rows = _sources(batch, st)
+        return linear_rowwise(
+            student.hidden_NH, student.head, program, rows={**inputs, **rows}, others=others
+        )
 
 
 class _WithGradient(torch.autograd.Function):
@@ -241,8 +248,10 @@ def _is_hidden(batch: Batch) -> bool:
 def _dtype(batch: Batch) -> torch.dtype:
     """float64 stays; everything narrower is computed in float32 (semantics §6)."""
     d = batch.dists["student"]
-    x = d.logits_NV if isinstance(d, DenseDist) else d.hidden_NH  # type: ignore[union-attr]
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(d, HiddenDist):
+        return accumulate_type(d.hidden_NH.dtype, d.head.weight.dtype)
+    assert isinstance(d, DenseDist)
+    return torch.float64 if d.logits_NV.dtype == torch.float64 else torch.float32
 
 
 def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,51 +267,99 @@ def _read_dists(st: Stage) -> list[str]:
     return sorted(names - {"student"})
 
 
+def _parts(name: str, d: Distribution) -> list[tuple[str, Distribution]]:
+    """A distribution under its name; a routed one as its numbered parts."""
+    if isinstance(d, RoutedDist):
+        return [(f"{name}#{i}", p) for i, p in enumerate(d.parts)]
+    return [(name, d)]
+
+
+def _sources(batch: Batch, st: Stage) -> tuple[dict[str, object], Numbers]:
+    """What a pass reads beside the student: whole distributions, and tensors of rows."""
+    whole: dict[str, object] = {}
+    rows: Numbers = {}
+    for name in _read_dists(st):
+        d = batch.dists[resolve(batch, name)]
+        if isinstance(d, RoutedDist):
+            rows[f"choice:{name}"] = d.choice_N
+        for key_, part in _parts(name, d):
+            if isinstance(part, DenseDist):
+                whole[key_] = part.logits_NV
+            elif isinstance(part, HiddenDist):
+                whole[key_] = (part.hidden_NH, part.head)
+            else:
+                assert isinstance(part, SparseDist)
+                lists = {"ids": part.ids_NK, "logp": part.logp_NK, "logp_y": part.logp_N}
+                rows |= {f"{k}:{key_}": x for k, x in lists.items() if x is not None}
+    return whole, rows
+
+
 def dense_dists(batch: Batch, st: Stage, y: Tensor) -> dict[str, object]:
     """Distributions of a pass from full logits (or a served teacher's lists)."""
     like = _dtype(batch)
     student = batch.dists["student"]
     assert isinstance(student, DenseDist)
-    out: dict[str, object] = {"student": prelude.Dense(student.logits_NV.detach().to(like), y)}
-    for name in _read_dists(st):
-        d = batch.dists[resolve(batch, name)]
-        if isinstance(d, DenseDist):
-            out[_mangle(name)] = prelude.Dense(d.logits_NV.detach().to(like), y)
-        elif isinstance(d, SparseDist):
-            out[_mangle(name)] = prelude.Sparse(
-                d.ids_NK,
-                None if d.logp_NK is None else d.logp_NK.to(like),
-                None if d.logp_N is None else d.logp_N.to(like),
-                y,
-            )
-        else:
+    whole, rows = _sources(batch, st)
+    logits = {"student": student.logits_NV.detach().to(like)}
+    for name, x in whole.items():
+        if not isinstance(x, Tensor):
             raise BatchError("hidden states of a teacher need the student's hidden states too")
-    return out
-
-
-def _sparse_rows(name: str, d: SparseDist) -> Numbers:
-    out: Numbers = {}
-    for part, x in (("ids", d.ids_NK), ("logp", d.logp_NK), ("logp_y", d.logp_N)):
-        if x is not None:
-            out[f"sparse:{name}:{part}"] = x
-    return out
+        logits[name] = x.detach().to(like)
+    return _dists(logits, {"y": y, **rows}, batch, st)
 
 
 def _dists(
     logits: dict[str, Tensor], rows: dict[str, Tensor], batch: Batch, st: Stage
 ) -> dict[str, object]:
-    """Distributions of one block in the fused sweep."""
-    y = rows["y"]
-    out: dict[str, object] = {"student": prelude.Dense(logits["student"], y)}
-    for name in _read_dists(st):
+    """Distributions of one block of rows, as the passes read them."""
+    y, like = rows["y"], logits["student"].dtype
+
+    def view(name: str) -> prelude.Dense | prelude.Sparse:
         if name in logits:
-            out[_mangle(name)] = prelude.Dense(logits[name], y)
-        else:
-            ids, lp, s = (rows.get(f"sparse:{name}:{p}") for p in ("ids", "logp", "logp_y"))
-            out[_mangle(name)] = prelude.Sparse(
-                ids, None if lp is None else lp.float(), None if s is None else s.float(), y
-            )
+            return prelude.Dense(logits[name], y)
+        ids, logp, logp_y = (rows.get(f"{k}:{name}") for k in ("ids", "logp", "logp_y"))
+        return prelude.Sparse(
+            ids,
+            None if logp is None else logp.to(like),
+            None if logp_y is None else logp_y.to(like),
+            y,
+        )
+
+    out: dict[str, object] = {"student": view("student")}
+    for name in _read_dists(st):
+        d = batch.dists[resolve(batch, name)]
+        views = [view(k) for k, _ in _parts(name, d)]
+        routed = isinstance(d, RoutedDist)
+        out[_mangle(name)] = Chosen(views, rows[f"choice:{name}"]) if routed else views[0]
     return out
+
+
+# ---- what must not pass in silence ---------------------------------------------------------------
+
+INFINITE = 1e20  # beyond any sum of nats: an impossible entry (log 0 is held as -1e30) was charged
+
+
+def _overflow(value_n: Tensor) -> Tensor:
+    """A loss that charges an impossible entry is infinite, not 1e30."""
+    return torch.where(value_n.abs() > INFINITE, value_n * torch.inf, value_n)
+
+
+def _sound(d: Mapping[str, object]) -> Numbers:
+    """Log-sum-exp of every distribution a pass read: NaN or infinite where its scores are."""
+    found = [(name, x) for name, x in d.items() if isinstance(x, prelude.Dense)]
+    return {f"lse:{name}": x.lse.squeeze(1) for name, x in found}
+
+
+def _refuse_broken(extras: Mapping[str, Tensor], batch: Batch) -> Numbers:
+    """The extras without the soundness checks. Raises BatchError naming the first bad sample."""
+    checks = {k: v for k, v in extras.items() if k.startswith("lse:")}
+    if checks and not bool(torch.isfinite(torch.stack([v.sum() for v in checks.values()])).all()):
+        for name, lse_N in checks.items():
+            bad = torch.nonzero(~torch.isfinite(lse_N)).flatten()
+            if bad.numel():
+                where = place(batch, int(bad[0]))
+                raise BatchError(f"the scores of {name.removeprefix('lse:')} are not finite at {where}")
+    return {k: v for k, v in extras.items() if k not in checks}
 
 
 def _keys(n) -> tuple[str, ...]:

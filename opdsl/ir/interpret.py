@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdsl.emit.batch import Batch, BatchError, DenseDist, HiddenDist, SparseDist
+from opdsl.emit.batch import (
+    Batch,
+    BatchError,
+    DenseDist,
+    Distribution,
+    HiddenDist,
+    RoutedDist,
+    SparseDist,
+)
 from opdsl.emit.routed import add_routed, resolve
 from opdsl.ir.derive import TAIL_FLOOR
 from opdsl.ir.program import Part, Program
@@ -62,9 +70,16 @@ def _student(batch: Batch) -> Tensor:
 
 def dense64(batch: Batch, name: str) -> Tensor:
     """Logits [N, V] of a distribution in float64."""
-    d = batch.dists.get(name)
+    return _dense64(batch.dists.get(name), name)
+
+
+def _dense64(d: Distribution | None, name: str) -> Tensor:
     if isinstance(d, DenseDist):
         return d.logits_NV.detach().to(torch.float64)
+    if isinstance(d, RoutedDist):
+        return torch.stack([_dense64(p, name) for p in d.parts])[
+            d.choice_N, torch.arange(len(d.choice_N))
+        ]
     if isinstance(d, HiddenDist):
         h = d.head
         x = d.hidden_NH.detach().double() @ h.weight.detach().double().T
@@ -194,8 +209,11 @@ class Evaluator:
             z = self.z_NV
         else:
             name = resolve(self.batch, name)
-            if isinstance(self.batch.dists[name], SparseDist):
-                return self.batch.dists[name]
+            d = self.batch.dists[name]
+            if isinstance(d, RoutedDist) and any(isinstance(p, SparseDist) for p in d.parts):
+                return _routed_lists(d, self.batch)
+            if isinstance(d, SparseDist):
+                return d
             z = dense64(self.batch, name)
         return torch.log_softmax(z / tau, -1).clamp_min(FLOOR)
 
@@ -211,7 +229,12 @@ class Evaluator:
         k = int(n.attr("k"))  # type: ignore[call-overload]
         if isinstance(x, SparseDist):
             ids = _need(x.ids_NK, "teacher_topk_ids")[:, :k]
-            return ids, torch.ones_like(ids, dtype=torch.bool)
+            valid = _need(x.logp_NK, "teacher_topk_logprobs")[:, :k] > FLOOR / 2
+            for i in range(ids.shape[1]):  # an id counts once
+                for j in range(i):
+                    valid = valid.clone()
+                    valid[:, i] &= ids[:, j] != ids[:, i]
+            return ids, valid
         assert isinstance(x, Tensor)
         logp, ids = x.detach().topk(min(k, x.shape[1]), -1)
         return ids, logp > FLOOR / 2
@@ -243,7 +266,7 @@ class Evaluator:
     def _at_y(self, n: Node, x: object) -> Tensor:
         y = self.batch.tokens_N
         if isinstance(x, SparseDist):
-            return _need(x.logp_N, "teacher_logprobs").double()
+            return _need(x.logp_N, "teacher_logprobs").double().clamp_min(FLOOR)
         assert isinstance(x, Tensor)
         return x.gather(1, y[:, None]).squeeze(1)
 
@@ -501,6 +524,31 @@ def _to_full(sets: tuple, v_: int) -> tuple[Tensor, Tensor]:
             ids.append(s[0])
             valid.append(s[1])
     return torch.cat(ids, 1), torch.cat(valid, 1)
+
+
+def _routed_lists(d: RoutedDist, batch: Batch) -> SparseDist:
+    """Teachers of different access, chosen per row, as lists of the longest one's length."""
+    parts, width = [], 1
+    for p in d.parts:
+        if not isinstance(p, SparseDist):
+            lp = torch.log_softmax(_dense64(p, ""), -1)
+            values, ids = lp.sort(1, descending=True, stable=True)
+            y = lp.gather(1, batch.tokens_N[:, None]).squeeze(1)
+            p = SparseDist(ids, values, y)
+        parts.append(p)
+        width = max(width, 0 if p.ids_NK is None else p.ids_NK.shape[1])
+    n_rows = batch.layout.n_rows
+    ids = torch.full((n_rows, width), -1)
+    logp = torch.full((n_rows, width), FLOOR, dtype=torch.float64)
+    at_y = torch.full((n_rows,), FLOOR, dtype=torch.float64)
+    for n in range(n_rows):
+        p = parts[int(d.choice_N[n])]
+        if p.ids_NK is not None:
+            k = p.ids_NK.shape[1]
+            ids[n, :k], logp[n, :k] = p.ids_NK[n], p.logp_NK[n].double()
+        if p.logp_N is not None:
+            at_y[n] = p.logp_N[n]
+    return SparseDist(ids, logp, at_y)
 
 
 def _lookup(d: SparseDist, ids: Tensor, y_N: Tensor) -> Tensor:

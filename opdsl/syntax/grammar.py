@@ -1,4 +1,7 @@
-"""Parse tables of `grammars/opd.lark`: computed by Lark once, then read from the user's cache.
+"""Parse tables of `grammars/opd.lark`: computed by Lark once and shipped beside the grammar.
+
+While the grammar is being edited the shipped tables do not fit; then they are computed again and
+kept in the user's cache.
 
 Lark checks the grammar and computes the LALR(1) tables, which takes half a second; driving them
 takes forty lines (`lalr.py`). Kept as JSON, the tables load in a few milliseconds, a warm
@@ -58,6 +61,38 @@ class Tables:
 def tables() -> Tables:
     """The parse tables, from the cache where possible."""
     text = resources.grammar_text()
+    data = shipped(text)
+    if data is None:  # only while the grammar is being edited
+        data = _cached(text)
+    rules = tuple(Rule(*row[:5], tuple(row[5])) for row in data["rules"])
+    return Tables(data["start"], data["end"], tuple(data["actions"]), rules)
+
+
+def digest(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shipped(text: str) -> dict[str, Any] | None:
+    """The tables that come with opdsl, if they are those of this grammar."""
+    try:
+        found = json.loads((resources.grammars() / "opd.tables.json").read_bytes())
+        return found["tables"] if found["grammar"] == digest(text) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_shipped() -> None:
+    """Regenerate `grammars/opd.tables.json` (`python -m opdsl.syntax.grammar`)."""
+    text = resources.grammar_text()
+    value = {"grammar": digest(text), "tables": compile_tables(text)}
+    target = resources.grammars() / "opd.tables.json"
+    target.write_text(json.dumps(value, separators=(",", ":"), sort_keys=True) + "\n")
+
+
+def _cached(text: str) -> dict[str, Any]:
+    """The tables from the user's cache, else computed and cached."""
     key = _key(text)
     place = _cache_file(key)
     data = _load(place, key) if place is not None else None
@@ -65,8 +100,7 @@ def tables() -> Tables:
         data = compile_tables(text)
         if place is not None:
             _save(data, place, key)
-    rules = tuple(Rule(*row[:5], tuple(row[5])) for row in data["rules"])
-    return Tables(data["start"], data["end"], tuple(data["actions"]), rules)
+    return data
 
 
 def lark_parser(text: str, strict: bool = False) -> Any:
@@ -193,3 +227,7 @@ def _save(data: dict[str, Any], place: Path, key: str) -> None:
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(name)
+
+
+if __name__ == "__main__":
+    write_shipped()
