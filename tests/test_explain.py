@@ -55,7 +55,7 @@ def test_a_page_fits_a_screen(path):
     m = opdsl.load(path)
     lines = m.explain().splitlines()
     assert max(map(len, lines)) <= 100
-    assert len(lines) <= (42 if len(m.spec.terms) <= 2 else 66)
+    assert len(lines) <= (45 if len(m.spec.terms) <= 2 else 66)
     labels = [line[2:16].strip() for line in lines if line.startswith("  ") and line[2:3].strip()]
     wanted = ["states", "teacher", "support", "route", "where", "gradient", "needs", "bias",
               "objective", "conservative", "fixed point", "routing", "descent", "variance",

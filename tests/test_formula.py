@@ -279,7 +279,7 @@ class Reader:
         key = unicode(m)
         if key in self.values:
             return self.values[key]
-        if key.startswith("e_{"):
+        if key == "e_{y_t}":
             return np.broadcast_to(np.eye(V)[None], (S, V, V))
         for index in ("(y_t)", "(rest)"):  # ℓ_t(rest) by the definition of ℓ_t(v)
             if isinstance(m, nt.Call) and f"{m.head.u}(v)" in self.definitions:

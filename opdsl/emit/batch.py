@@ -125,6 +125,7 @@ class Batch:
         """
         b_, t_, v_ = _shape3(student_logits, "student_logits")
         plan = _Plan(tokens, mask, b_, t_)
+        plan.check_tokens(v_)
         dists: dict[str, Distribution] = {"student": DenseDist(plan.rows(student_logits))}
         for name, x in _named(teacher_logits, "T").items():
             _expect(x, (b_, t_, x.shape[-1]), f"teacher_logits[{name!r}]")
@@ -172,6 +173,7 @@ class Batch:
         b_, t_, _ = _shape3(hidden, "hidden")
         plan = _Plan(tokens, mask, b_, t_)
         head = as_head(lm_head)
+        plan.check_tokens(head.width)
         dists: dict[str, Distribution] = {"student": HiddenDist(plan.rows(hidden), head)}
         heads = _named(teacher_head, "T") if teacher_head is not None else {}
         for name, x in _named(teacher_hidden, "T").items():
@@ -282,8 +284,8 @@ def _sparse(dists: dict, plan: _Plan, ids: object, logps: object, sampled: objec
             raise BatchError(f"teacher_topk_ids[{name!r}] comes without teacher_topk_logprobs")
         dists[name] = SparseDist(
             None if i is None else plan.rows(i),
-            None if lp is None else plan.rows(lp),
-            None if s is None else plan.rows(s),
+            None if lp is None else plan.logprobs(lp, f"teacher_topk_logprobs[{name!r}]"),
+            None if s is None else plan.logprobs(s, f"teacher_logprobs[{name!r}]"),
         )
 
 
@@ -314,6 +316,26 @@ class _Plan:
             raise BatchError(f"expected [{self.shape[0]}, {self.shape[1]}, …], got {tuple(x.shape)}")
         return x.reshape(-1, *x.shape[2:])[self.place_N]
 
+    def logprobs(self, x: Tensor, what: str, floor: float | None = None) -> Tensor:
+        """[N, …] log-probabilities: numbers, at most 0 (and above `floor`). −inf is a token that
+        cannot be drawn; a failed scoring call must not pass for one."""
+        x_N = self.rows(x)
+        bad = ~(x_N <= 1e-3) if floor is None else ~((x_N <= 1e-3) & (x_N > floor))
+        self.refuse(bad, f"{what} holds something that is no log-probability")
+        return x_N
+
+    def refuse(self, bad: Tensor, message: str) -> None:
+        """Raises BatchError naming the first sample where `bad` [N, …] holds."""
+        rows = torch.nonzero(bad.flatten(1).any(1) if bad.dim() > 1 else bad).flatten()
+        if rows.numel():
+            b, t = divmod(int(self.place_N[rows[0]]), max(self.shape[1], 1))
+            raise BatchError(f"{message} at sequence {b}, position {t}")
+
+    def check_tokens(self, v_: int) -> None:
+        """Every sampled token is a row of the student's head."""
+        bad = (self.tokens_N < 0) | (self.tokens_N >= v_)
+        self.refuse(bad, f"a token outside the vocabulary of {v_} entries")
+
     def seqs(self, x: Tensor, what: str) -> Tensor:
         _expect(x, (self.shape[0],), what)
         return x[self.kept_B]
@@ -343,7 +365,9 @@ class _Plan:
             layout=Layout(self.length_B, group_B.to(torch.int64), self.seq_N, self.pos_N),
             tokens_N=self.tokens_N,
             dists=dists,
-            rollout_N=None if rollout is None else self.rows(rollout).detach(),
+            rollout_N=None
+            if rollout is None
+            else self.logprobs(rollout, "rollout_logprobs", -torch.inf).detach(),
             outcome_B=None if outcome is None else self.seqs(outcome, "outcome").detach(),
             values={k: tuple(y.detach() for y in self.critic(v)) for k, v in _named(values, "").items()},
             special_N=None if special is None else self.rows(special).to(torch.bool),

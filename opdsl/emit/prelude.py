@@ -93,7 +93,7 @@ class Sparse:
 
 def first(ids):
     """Whether an entry is the first of its row with this id (lists joined by hand may repeat)."""
-    order = ids.sort(1, stable=True)
+    order = ids.sort(dim=1, stable=True)
     again = torch.zeros_like(ids, dtype=torch.bool)
     again[:, 1:] = order.values[:, 1:] == order.values[:, :-1]
     return ~torch.zeros_like(again).scatter_(1, order.indices, again)

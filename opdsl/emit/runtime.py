@@ -346,8 +346,15 @@ def _overflow(value_n: Tensor) -> Tensor:
 
 def _sound(d: Mapping[str, object]) -> Numbers:
     """Log-sum-exp of every distribution a pass read: NaN or infinite where its scores are."""
-    found = [(name, x) for name, x in d.items() if isinstance(x, prelude.Dense)]
-    return {f"lse:{name}": x.lse.squeeze(1) for name, x in found}
+    out: Numbers = {}
+    for name, x in d.items():
+        if isinstance(x, prelude.Dense):
+            out[f"lse:{name}"] = x.lse.squeeze(1)
+        elif isinstance(x, Chosen):  # of a teacher only the rows that chose it matter
+            for i, part in enumerate(x.parts):
+                if isinstance(part, prelude.Dense):
+                    out[f"lse:{name}#{i}"] = torch.where(x.choice == i, part.lse.squeeze(1), 0.0)
+    return out
 
 
 def _refuse_broken(extras: Mapping[str, Tensor], batch: Batch) -> Numbers:

@@ -528,6 +528,9 @@ class Builder:
         x = self.number(x)
         if n == 0 or x.q.axis < Axis.TOK:
             return x
+        if _scaled_critic(x):  # 0.5 * V, min(V, 0): the bootstrap at the length cap is theirs too
+            args = tuple(self.shift(a, n) for a in x.args)
+            return self.make(x.op, args, x.q.with_(info=Info.FUTURE), **dict(x.attrs))
         q = x.q.with_(
             info=Info.FUTURE if n > 0 else x.q.info,
             low=min(x.q.low, 0.0),
@@ -551,6 +554,28 @@ class Builder:
 # ---- units -------------------------------------------------------------------------------
 
 NEUTRAL = frozenset({"real", "int", "weight", "gate", "bool"})
+
+
+def _scaled_critic(x: Node) -> bool:
+    """A function of a critic and numbers that is 0 where the critic is."""
+    parts = [a for a in x.args if a.q.axis >= Axis.TOK]
+    if not parts or not all(_is_critic(a) or _scaled_critic(a) for a in parts):
+        return False
+    numbers = [a for a in x.args if a.q.axis < Axis.TOK]
+    match x.op:
+        case "neg" | "add" | "sub" | "abs" | "tanh" if not numbers:
+            return True
+        case "mul":
+            return len(parts) == 1
+        case "div":
+            return len(parts) == 1 and x.args[0] is parts[0]
+        case "min" | "max":
+            return all(a.is_const(0) for a in numbers)
+    return False
+
+
+def _is_critic(x: Node) -> bool:
+    return x.op == "input" and x.attr("name") == "values"
 
 
 def _negated(a: Node) -> bool:

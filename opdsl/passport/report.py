@@ -73,7 +73,7 @@ def biases(compilation: Compilation) -> list[dict[str, Any]]:
         }
         if row not in out:
             out.append(row)
-    return out
+    return sorted(out, key=lambda row: row["code"])
 
 
 # ---- the field at a state --------------------------------------------------------------------

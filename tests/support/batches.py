@@ -73,10 +73,12 @@ def draw(
     step: int = 3,
     golden: bool = True,
     padding: int = 0,
+    on_policy: bool = False,
 ) -> Inputs:
     """Uneven masks with holes, one empty sequence and one of a single token; groups in pairs.
 
-    padding: the last entries of the vocabulary are −inf in every model.
+    padding: the last entries of the vocabulary are −inf in every model. on_policy: tokens are drawn
+    from the student, otherwise from all of the vocabulary alike, under a drifted sampler.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -102,6 +104,10 @@ def draw(
     tokens = torch.randint(0, V - padding, (B, T), generator=g)
     drift = logits((own[0] + 0.3 * normal(B, T, H), own[1]))
     student = logits(own)
+    if on_policy:
+        drift = student
+        gumbel = -(-torch.rand(student.shape, generator=g, dtype=torch.float64).log()).log()
+        tokens = (student + gumbel).argmax(-1)
     rollout = torch.log_softmax(drift, -1).gather(2, tokens[..., None]).squeeze(-1)
     values = {name: -normal(B, T + 1).abs() for name in critics}
     return Inputs(
@@ -123,7 +129,7 @@ def draw(
         total_steps=10,
         golden=draw(
             seed + 1, 2, 3, V, H, teachers=teachers, critics=critics, spread=spread,
-            group=group, step=step, golden=False, padding=padding,
+            group=group, step=step, golden=False, padding=padding, on_policy=on_policy,
         ) if golden else None,
     )  # fmt: skip
 
