@@ -67,7 +67,11 @@ def test_a_page_fits_a_screen(path):
 def test_a_run_block_changes_nothing():
     text = opdsl.load("gkd").compilation.source.text
     block = '\nrun a of gkd {{ student = "{}"  T = "x/y"  data = "{}"  seed = {} }}\n'
-    runs = [text, text + block.format("a/b", "p.jsonl", 1), text + block.format("c/d", "q.jsonl", 2)]
+    runs = [
+        text,
+        text + block.format("a/b", "p.jsonl", 1),
+        text + block.format("c/d", "q.jsonl", 2),
+    ]
     for fmt in ("text", "json", "latex", "markdown"):
         assert len({opdsl.compile(t).explain(fmt) for t in runs}) == 1
     assert len({opdsl.compile(t).fingerprints["run"] for t in runs}) == 3
@@ -79,7 +83,16 @@ def test_a_run_block_changes_nothing():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_json(path):
     data = json.loads(opdsl.load(path).explain("json"))
-    assert {"method", "route", "formula", "latex", "gradient", "needs", "passport", "fingerprints"} <= set(data)
+    assert {
+        "method",
+        "route",
+        "formula",
+        "latex",
+        "gradient",
+        "needs",
+        "passport",
+        "fingerprints",
+    } <= set(data)
     p = data["passport"]
     assert {"objective", "conservative", "stationary_at_teacher", "fixed_point", "zero_expected_gradient",
             "biases", "descent", "variance", "evidence", "fingerprints"} <= set(p)  # fmt: skip
@@ -202,11 +215,15 @@ def test_golden_facts(spec, wanted):
 
 
 def test_descent():
-    found = passport(method(support="full", feedback="loss KL(student || T)").compilation)["descent"]
+    found = passport(method(support="full", feedback="loss KL(student || T)").compilation)[
+        "descent"
+    ]
     assert found[RKL].startswith("guaranteed")
     found = passport(method(feedback="loss k3(student, T)").compilation)["descent"]
     assert found[FKL].startswith("guaranteed")
-    found = passport(method(support=TOP.format("drop"), feedback="loss KL(student || T)").compilation)
+    found = passport(
+        method(support=TOP.format("drop"), feedback="loss KL(student || T)").compilation
+    )
     assert found["descent"][RKL].startswith("not guaranteed")
 
 
@@ -230,7 +247,9 @@ def test_exact_kl_and_future_return_are_the_sequence_objective():
     p = opdsl.load("minillm").passport
     assert "J_seq" in p["objective"] and p["conservative"] is True
     text = opdsl.load("minillm").compilation.source.text
-    half = opdsl.compile(text.replace("loss KL(student || T)", "loss 0.5 * KL(student || T)")).passport
+    half = opdsl.compile(
+        text.replace("loss KL(student || T)", "loss 0.5 * KL(student || T)")
+    ).passport
     assert isinstance(half["objective"], list) and half["conservative"] is not True
 
 
@@ -306,7 +325,11 @@ def test_explain_starts_fast_and_without_torch():
     for seed in ("1", "2"):  # the page does not depend on hashing either
         start = time.perf_counter()
         out = subprocess.run(
-            command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed}
+            command,
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
         )
         times.append(time.perf_counter() - start)
         assert out.stdout == opdsl.load("verifier_hybrid").explain()

@@ -230,11 +230,15 @@ class Writer:
         return "(y[:, None], torch.ones_like(y[:, None], dtype=torch.bool))"
 
     def _top(self, n: Node) -> str:
-        return f"{self.dist(n.args[0])}.top({int(n.attr('k'))})"  # type: ignore[call-overload]
+        x, k = n.args[0], int(n.attr("k"))  # type: ignore[call-overload]
+        return f"{self.dist(x)}.top({k})" if x.op == "logp" else f"top({self.names[x.id]}, {k})"
 
     def _top_p(self, n: Node) -> str:
         p, k = number(float(n.attr("p"))), int(n.attr("k"))  # type: ignore[arg-type,call-overload]
-        return f"{self.dist(n.args[0])}.top_p({p}, {k})"
+        x = n.args[0]
+        if x.op == "logp":
+            return f"{self.dist(x)}.top_p({p}, {k})"
+        return f"top_p({self.names[x.id]}, {p}, {k})"
 
     def _joined(self, n: Node) -> str:
         full = [a for a in n.args if a.op == "full"]
@@ -338,7 +342,7 @@ class Writer:
         return f"{self._over(n, '0.0')}.sum(1)"
 
     def _max_v(self, n: Node) -> str:
-        return f"{self._over(n, 'FLOOR')}.amax(1)"
+        return f"largest({self._over(n, 'FLOOR')})"
 
     def _lse_v(self, n: Node) -> str:
         return f"torch.logsumexp({self._over(n, 'FLOOR')}, 1)"
@@ -426,7 +430,7 @@ _ALLOWED = (
 )  # fmt: skip
 _ROOTS = frozenset(
     "torch d r b x y n v like abs float log where schedule member union intersection with_bin "
-    "add_bin entries put softmax_adjoint ratio FLOOR TAIL_FLOOR None dz".split()
+    "add_bin entries put largest softmax_adjoint ratio top top_p FLOOR TAIL_FLOOR None dz".split()
 )
 
 

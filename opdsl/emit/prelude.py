@@ -42,13 +42,10 @@ class Dense:
         return self.at(self.y[:, None]).squeeze(1)
 
     def top(self, k):
-        logits, ids = self.z.topk(min(k, self.z.shape[1]), -1)
-        return ids, (logits - self.lse) > FLOOR / 2
+        return top(self.z, k, self.lse)
 
     def top_p(self, p, k):
-        logits, ids = self.z.topk(min(k, self.z.shape[1]), -1)
-        prob = (logits - self.lse).exp()
-        return ids, prob.cumsum(-1) - prob < p
+        return top_p(self.z, p, k, self.lse)
 
 
 class Sparse:
@@ -89,6 +86,19 @@ class Sparse:
 
 
 # ---- index sets --------------------------------------------------------------------------------
+
+
+def top(x, k, lse=0.0):
+    """The k most probable entries of logits (or log-probabilities) [n, V]."""
+    best, ids = x.topk(min(k, x.shape[1]), -1)
+    return ids, (best - lse) > FLOOR / 2
+
+
+def top_p(x, p, k, lse=0.0):
+    """The most probable entries until their mass reaches p, at most k."""
+    best, ids = x.topk(min(k, x.shape[1]), -1)
+    prob = (best - lse).exp()
+    return ids, (prob.cumsum(-1) - prob < p) & (best - lse > FLOOR / 2)
 
 
 def first(ids):
@@ -145,6 +155,12 @@ def entries(x, s, fill, n, v):
     """A value on the entries of a set: [n, K] (or [n, V]), `fill` at entries not valid."""
     x = x[:, None] if x.dim() == 1 else x
     return x.expand(n, v) if s is None else torch.where(s[1], x, fill)
+
+
+def largest(x):
+    """Maximum over the entries [n, K]; 0 of no entries, as a sum of none."""
+    best = x.amax(1)
+    return torch.where(best > FLOOR / 2, best, 0.0)
 
 
 def put(x, s, n, v):

@@ -149,7 +149,7 @@ class LossModule(nn.Module):
             size = r.layout.n_rows
             for k, value in out.items():
                 whole = exports[k].q.axis is Axis.CONST
-                tensor = torch.as_tensor(value, device=r.tokens_N.device)
+                tensor = _tensor(value, like, r.tokens_N.device)
                 store[k] = tensor if whole or tensor.dim() == 0 else tensor[offset : offset + size]
             offset += size
 
@@ -166,9 +166,10 @@ class LossModule(nn.Module):
 
         def program(logits: dict[str, Tensor], rows: dict[str, Tensor]):
             d = _dists(logits, rows, batch, st)
-            found = fn(d, {**scalars, **rows}, logits["student"].dtype)  # type: ignore[operator]
+            like = logits["student"].dtype
+            found = fn(d, {**scalars, **rows}, like)  # type: ignore[operator]
             size = rows["y"].numel()
-            out = {k: torch.as_tensor(v).expand(size) for k, v in found.items()}
+            out = {k: _tensor(v, like, rows["y"].device).expand(size) for k, v in found.items()}
             return rows["y"].new_zeros(size, dtype=torch.float32), None, {**out, **_sound(d)}
 
         _, _, extras = self._sweep(batch, st, program, inputs)
@@ -187,8 +188,9 @@ class LossModule(nn.Module):
                 d = _dists(logits, rows, batch, st)
                 value, dz, extra = fn(d, {**scalars, **rows}, logits["student"].dtype)  # type: ignore[operator]
                 size = rows["y"].numel()
-                spread = {k: torch.as_tensor(v).expand(size) for k, v in extra.items()}
-                value = _overflow(torch.as_tensor(value).expand(size))
+                like, device = logits["student"].dtype, rows["y"].device
+                spread = {k: _tensor(v, like, device).expand(size) for k, v in extra.items()}
+                value = _overflow(_tensor(value, like, device).expand(size))
                 return value, dz, {**spread, **_sound(d)}
 
             total, _, extras = self._sweep(batch, st, program, inputs)
@@ -259,7 +261,14 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _expand(x: object, batch: Batch) -> Tensor:
-    return torch.as_tensor(x, device=batch.tokens_N.device).expand(batch.layout.n_rows)
+    return _tensor(x, _dtype(batch), batch.tokens_N.device).expand(batch.layout.n_rows)
+
+
+def _tensor(x: object, like: torch.dtype, device: torch.device) -> Tensor:
+    """A result of a pass as a tensor; plain numbers must not become float32 in a float64 loss."""
+    if isinstance(x, Tensor):
+        return x
+    return torch.tensor(x, dtype=torch.bool if isinstance(x, bool) else like, device=device)
 
 
 def _read_dists(st: Stage) -> list[str]:

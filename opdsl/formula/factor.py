@@ -77,9 +77,7 @@ class Layout:
                 for literals, part in self.cases(differences(expanded(branch)))
                 if branch
             ]
-        conditions = sorted(
-            _conditions(a), key=lambda x: unicode(self.printer.literal(x, True))
-        )
+        conditions = sorted(_conditions(a), key=lambda x: unicode(self.printer.literal(x, True)))
         if not conditions:
             return [([], a)] if a else []
         if len(conditions) > MAX_CONDITIONS:
@@ -159,7 +157,10 @@ class Layout:
             return front if k >= 0 else add([(False, front)])
         square = _square(a)
         if square is not None:
-            return Pow(self.factored(square), Num(2))
+            base = self.printer.poly(square)
+            if isinstance(base, Add) and len(base.items) == 1:
+                base = base.items[0][1]  # (−x)² is x²
+            return Pow(base, Num(2))
         if len(a) >= 3:
             grouped = self._grouped(a)
             if grouped is not None:

@@ -39,7 +39,11 @@ def fields(names: Names, term: Term) -> list[Field]:
     loss = term.loss
     if term.gate.q.live or term.weight.q.live:
         loss = b.mul(b.mul(term.weight, term.gate), loss)
-    return [_field(names, term, c) for c in cotangents(b, expand_tails(b, loss))]
+    old, names.printer.star = names.printer.star, term.rows == "golden"
+    try:
+        return [_field(names, term, c) for c in cotangents(b, expand_tails(b, loss))]
+    finally:
+        names.printer.star = old
 
 
 def _field(names: Names, term: Term, c: Cotangent) -> Field:

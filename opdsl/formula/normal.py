@@ -219,6 +219,7 @@ class Normal:
 
     def _logaddexp(self, n: Node, at: str) -> Poly | None:
         parts: list[tuple[frozenset, Dist]] = []
+        at = at if n.q.axis is Axis.VOCAB else "y"
         for x in n.args:
             found = weighed(self.poly(x, at), at)
             if found is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdsl.formula.algebra import Dist, leaf
+from opdsl.formula.algebra import Atom, Dist, leaf, single, times
 from opdsl.formula.gradient import Field, fields
 from opdsl.formula.naming import Definition, Names, named
 from opdsl.formula.notation import (
@@ -13,6 +13,7 @@ from opdsl.formula.notation import (
     Call,
     Fn,
     Frac,
+    Ind,
     Math,
     Num,
     Pow,
@@ -29,7 +30,8 @@ from opdsl.formula.notation import (
     words,
 )
 from opdsl.formula.recognise import Divergence
-from opdsl.ir.program import Part, Program, Row, expand_tails
+from opdsl.ir.derive import strip
+from opdsl.ir.program import Part, Program, Row
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 from opdsl.meaning.spec import Spec
@@ -123,7 +125,7 @@ def _prefix(names: Names, rows: list[Row], mark: str, golden: bool) -> tuple[str
 def _items(names: Names, row: Row, late: list[Definition]) -> list[tuple[bool, Math]]:
     """Signed summands of one term: weight · gate · loss."""
     printer, term = names.printer, row.term
-    loss = printer.expr(expand_tails(names.spec.builder, term.loss))
+    loss = printer.expr(term.loss)
     factors = [
         _factor(names, x, *letter, late)
         for x, letter in ((term.weight, ("w", "w")), (term.gate, ("g", "g")))
@@ -144,7 +146,7 @@ def _items(names: Names, row: Row, late: list[Definition]) -> list[tuple[bool, M
 
 def _factor(names: Names, x: Node, u: str, l: str, late: list[Definition]) -> Math:
     """A gate or weight; a long one gets a letter."""
-    written = names.printer.expr(x)
+    written = names.printer.expr(x if x.q.live else strip(names.spec.builder, x))
     if len(unicode(written)) <= SHORT:
         return written
     s = names.letter(u, l).at("t")
@@ -242,6 +244,7 @@ def _rest(names: Names, before: list[Definition]) -> list[Definition]:
             if ("div", kind) not in done:
                 done.add(("div", kind))
                 out.append(_divergence(names, found))
+    out = list({unicode(d.left): d for d in out}.values())
     return sorted(
         out, key=lambda d: isinstance(d.left, Call) and d.op == "=" and "p" in unicode(d.left)
     )
@@ -253,8 +256,6 @@ def letters_used(names: Names) -> list[Definition]:
 
 
 def _ratio(names: Names, a: Dist, b: Dist) -> Definition:
-    from opdsl.formula.algebra import Atom
-
     printer = names.printer
     left = printer.difference(Atom("diff", (a, b), "v"), True)
     v = (Sym("v", "v"),)
@@ -279,6 +280,17 @@ def _letter(names: Names, key: tuple) -> list[Definition]:
             t = Num(key[2])
             s, base = symbols.dist(leaf(key[1], key[2])), symbols.dist(leaf(key[1]))
             return [Definition(s, "∝", Pow(base, Frac(Num(1), t)), f"temperature {number(key[2])}")]
+        case "score_tail":
+            n = symbols.used[key]
+            assert isinstance(n, Node)
+            normal = names.printer.normal
+            drawn = single(Atom("P", leaf("student"), "y"), -1.0)
+            value = names.printer.poly(times(normal.poly(n.args[0]), drawn))
+            ((inside, _),) = next(iter(normal.poly(n.args[1])))
+            outside = names.printer.literal(inside, False)
+            note = "estimates the sum over the rest; its gradient is a score term"
+            left = names.printer.node(n)
+            return [Definition(left, "=", mul([Ind(outside), value]), note)]
         case "schedule":
             n = symbols.used[key]
             assert isinstance(n, Node)

@@ -244,7 +244,7 @@ class Evaluator:
         k, p = int(n.attr("k")), float(n.attr("p"))  # type: ignore[call-overload,arg-type]
         logp, ids = x.detach().topk(min(k, x.shape[1]), -1)
         before = logp.exp().cumsum(-1) - logp.exp()
-        return ids, before < p
+        return ids, (before < p) & (logp > FLOOR / 2)
 
     def _union(self, n: Node, *sets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         ids, valid = _to_full(sets, self.z_NV.shape[1])
@@ -412,7 +412,9 @@ class Evaluator:
         return self._entries(self.lift(x, n.args[0], Axis.VOCAB).double(), s, 0.0).sum(1)
 
     def _max_v(self, n: Node, x: Tensor, s: object) -> Tensor:
-        return self._entries(self.lift(x, n.args[0], Axis.VOCAB), s, FLOOR).amax(1)
+        """0 over an empty set, as a sum of nothing."""
+        best = self._entries(self.lift(x, n.args[0], Axis.VOCAB), s, FLOOR).amax(1)
+        return torch.where(best > FLOOR / 2, best, torch.zeros_like(best))
 
     def _lse_v(self, n: Node, x: Tensor, s: object) -> Tensor:
         return torch.logsumexp(self._entries(self.lift(x, n.args[0], Axis.VOCAB), s, FLOOR), 1)

@@ -279,9 +279,11 @@ class Builder:
             a, b = b, a  # constants last
         if b.is_const(0):
             return self.const(0.0, product_unit(a, b))
-        if b.is_const(1) and (b.q.unit in NEUTRAL or product_unit(a, b) == a.q.unit):
+        if a.q.unit == "reward" and b.op == "const" and b.value:
+            pass  # a coefficient of 1 is a coefficient: it says how many nats a reward is worth
+        elif b.is_const(1) and (b.q.unit in NEUTRAL or product_unit(a, b) == a.q.unit):
             return a
-        if b.is_const(-1) and (b.q.unit in NEUTRAL or product_unit(a, b) == a.q.unit):
+        elif b.is_const(-1) and (b.q.unit in NEUTRAL or product_unit(a, b) == a.q.unit):
             return self.neg(a)
         if a.op == b.op == "const":
             return self.const(a.value * b.value, product_unit(a, b))

@@ -9,7 +9,7 @@ Token values are [S, Y], entries [S, Y, W], numbers of the batch or the sequence
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,15 +24,25 @@ TINY = 1e-9
 
 @dataclass(frozen=True)
 class World:
-    """Log-probabilities [S, 1, V] by role; every teacher is the same distribution."""
+    """Log-probabilities [S, 1, V] by role. `primary` names the teacher that is `teacher`; other
+    teachers are unrelated distributions. Without a name every teacher is that one."""
 
     student: np.ndarray
     teacher: np.ndarray
     initial: np.ndarray
     seed: int = 0
+    primary: str = ""
 
     def logp(self, dist: str, temperature: float) -> np.ndarray:
-        x = {"student": self.student, "initial": self.initial}.get(dist, self.teacher)
+        if dist == "student":
+            x = self.student
+        elif dist == "initial":
+            x = self.initial
+        elif dist == self.primary or not self.primary:
+            x = self.teacher
+        else:
+            rng = np.random.default_rng([self.seed, *dist.encode()])
+            x = _normal(rng.normal(0, 1.3, (S, 1, V)))
         return x if temperature == 1 else _normal(x / temperature)
 
     @cached_property
@@ -48,12 +58,10 @@ class World:
         return np.exp(self.initial[:, 0])
 
     def at_teacher(self) -> World:
-        return World(self.teacher, self.teacher, self.initial, self.seed)
+        return replace(self, student=self.teacher)
 
     def with_student(self, p_SV: np.ndarray) -> World:
-        return World(
-            np.log(np.maximum(p_SV, 1e-300))[:, None], self.teacher, self.initial, self.seed
-        )
+        return replace(self, student=np.log(np.maximum(p_SV, 1e-300))[:, None])
 
     def gradients(self) -> dict[str, np.ndarray]:
         """Logit gradients [S, V] of the comparisons a field may be made of."""
@@ -68,13 +76,13 @@ class World:
         return out
 
 
-def random_world(seed: int = 0, spread: float = 1.3) -> World:
+def random_world(seed: int = 0, spread: float = 1.3, primary: str = "") -> World:
     rng = np.random.default_rng(seed)
 
     def draw() -> np.ndarray:
         return _normal(rng.normal(0, spread, (S, 1, V)))
 
-    return World(draw(), draw(), draw(), seed)
+    return World(draw(), draw(), draw(), seed, primary)
 
 
 def _normal(x: np.ndarray) -> np.ndarray:

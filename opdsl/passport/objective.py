@@ -40,8 +40,8 @@ class View:
         b, term = self.spec.builder, self.term
         if term.route == "reward" and term.signal is not None:
             lp = b.at_y(b.logp("student", True))
-            return field.shape(self.spec, b.neg(b.mul(term.signal, lp)))
-        return field.shape(self.spec, term.loss)
+            return field.shape(self.spec, b.neg(b.mul(term.signal, lp)), self.teacher)
+        return field.shape(self.spec, term.loss, self.teacher)
 
     @cached_property
     def sampled(self) -> bool:
@@ -80,8 +80,8 @@ class View:
 
     @cached_property
     def teacher(self) -> str:
-        read = self.term.teachers or dists_below([self.term.loss])
-        return read[0] if len(read) == 1 else "T"
+        """The teacher that T stands for in this term."""
+        return next((t for t in self.term.teachers if t != "initial"), "T")
 
     # -- what it descends -----------------------------------------------------------------------
     @cached_property
@@ -115,7 +115,11 @@ class View:
         return how.get(self.cut or "", "")
 
     def _gated(self) -> str:
-        return "" if self.term.gate.op == "const" else ", gated"
+        term = self.term
+        if term.gate.q.live or term.weight.q.live:
+            return ", times a live weight"
+        out = "" if term.gate.op == "const" else ", gated"
+        return out + ("" if static_value(term.weight) is not None else ", weighted")
 
     def _expected(self) -> str:
         s = self.shape
@@ -140,12 +144,15 @@ class View:
         kl, known = self._signal_name()
         if not known:
             return kl
+        rerouted = {
+            "suppress": "",
+            "drop": "" if credit.kind == "immediate" else "; punished tokens ignored",
+        }.get(term.routing.kind, "; punished tokens rerouted, so no scalar objective as a whole")
         match credit.kind:
             case "immediate":
-                text = f"Σ_t {kl} at visited states, states held fixed (J_fro)"
-                if term.routing.kind in ("suppress", "proportional"):
-                    return text
-                return text + "; punished tokens rerouted, so no scalar objective as a whole"
+                if term.routing.kind == "drop":
+                    kl = f"a one-sided {kl} with the same minimiser"
+                return f"Σ_t {kl} at visited states, states held fixed (J_fro){rerouted}"
             case "return_to_go" | "full":
                 text = f"{kl} of whole sequences (J_seq)"
                 if self.by_length:
@@ -158,12 +165,14 @@ class View:
                             else ""
                         )
                     )
-                return text
+                return text + rerouted
             case "future":
-                return f"the part of {kl} of whole sequences that runs through later states"
+                return (
+                    f"the part of {kl} of whole sequences that runs through later states{rerouted}"
+                )
             case "gae":
                 if credit.gamma == 1:
-                    return f"{kl} of whole sequences (J_seq), up to the critic's error"
+                    return f"{kl} of whole sequences (J_seq), up to the critic's error{rerouted}"
                 return "not the gradient of any objective (discounted return)"
             case "discounted":
                 return (
@@ -305,14 +314,13 @@ def pretty(name: str, teacher: str) -> str:
 
 def combination(parts: dict[str, float], teacher: str) -> str:
     """`KL(student ‖ T)`, or a signed sum; a common positive factor is left out."""
-    values = list(parts.values())
-    unit = abs(values[0])
+    unit = abs(next(iter(parts.values())))
     out = ""
     for name, k in parts.items():
-        x = k / unit
-        sign = "" if not out and x > 0 else "−" if not out else " + " if x > 0 else " − "
+        x = (-k if name.startswith("-") else k) / unit
+        sign = ("" if x > 0 else "−") if not out else (" + " if x > 0 else " − ")
         size = "" if abs(abs(x) - 1) < 1e-6 else f"{abs(x):.3g} "
-        out += f"{sign}{size}{pretty(name.lstrip('-'), teacher) if not name.startswith('-') else pretty(name, teacher)}"
+        out += f"{sign}{size}{pretty(name.lstrip('-'), teacher)}"
     return out
 
 

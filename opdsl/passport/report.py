@@ -13,7 +13,7 @@ import numpy as np
 from opdsl.diagnostics import Severity
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
-from opdsl.meaning.spec import Spec
+from opdsl.meaning.spec import Spec, Term
 from opdsl.passport import field
 from opdsl.passport.objective import (
     FKL,
@@ -25,7 +25,7 @@ from opdsl.passport.objective import (
     state_signal,
     views,
 )
-from opdsl.passport.target import UNDECIDED, fixed_point, main_terms, total_field, whole
+from opdsl.passport.target import UNDECIDED, fixed_point, main_terms, total_field, whole, world_of
 
 if TYPE_CHECKING:
     from opdsl.compilation import Compilation
@@ -83,8 +83,8 @@ def _stationary(spec: Spec) -> bool | None:
     """Whether the whole field vanishes where the student equals its teacher."""
     if not any(t not in ("initial",) for term in spec.terms for t in term.teachers):
         return None
-    world = field.random_world(11).at_teacher()
-    answers = [field.vanishes(spec, whole(spec, t), world) for t in main_terms(spec)]
+    world = world_of(spec, 11).at_teacher()
+    answers = [_vanishes(spec, t, world) for t in main_terms(spec)]
     if any(a is False for a in answers):
         return False
     if any(t.rows == "golden" for t in spec.terms):
@@ -92,6 +92,15 @@ def _stationary(spec: Spec) -> bool | None:
     if any(not t.teachers and a is None for t, a in zip(main_terms(spec), answers)):
         return False  # a term that never sees the teacher
     return True if all(answers) else None
+
+
+def _vanishes(spec: Spec, term: Term, world: field.World) -> bool | None:
+    """A term whose field is zero for every token stays zero under any gate and weight."""
+    if not (term.gate.q.live or term.weight.q.live):
+        u = field.per_token(spec, term.loss, world)
+        if u is not None and np.isfinite(u).all() and np.abs(u).max() < 1e-8:
+            return True
+    return field.vanishes(spec, whole(spec, term), world)
 
 
 def _zero(spec: Spec, found: list[View]) -> bool | None:
@@ -105,7 +114,7 @@ def _zero(spec: Spec, found: list[View]) -> bool | None:
         elif v.term.route == "reward" and v.credit.kind not in ("immediate", "none"):
             answers.append(False if v.shape is not None and not v.shape.zero else None)
         else:
-            u = field.expected(spec, v.term.loss, field.random_world(5))
+            u = field.expected(spec, v.term.loss, world_of(spec, 5))
             answers.append(None if u is None else bool(np.abs(u).max() < field.TINY))
     if False in answers:
         return False
@@ -128,7 +137,7 @@ def descent(spec: Spec, found: list[View]) -> dict[str, str]:
             only = "guaranteed for whole sequences (in expectation)"
             return {RKL: only, FKL: UNDECIDED}
         return undecided
-    world = field.random_world(13)
+    world = world_of(spec, 13)
     total = total_field(spec, world)
     if total is None:
         return undecided

@@ -61,7 +61,7 @@ def fixed_point(spec: Spec, found: list[View], stationary: bool | None, zero: bo
     cut = _cut_point(spec, main, teacher)
     if cut is not None:
         return cut
-    world = field.random_world(7)
+    world = world_of(spec, 7)
     total = total_field(spec, world)
     if total is not None:
         closed = _closed_form(spec, field.fitted(total, world), world, teacher)
@@ -73,23 +73,52 @@ def fixed_point(spec: Spec, found: list[View], stationary: bool | None, zero: bo
             "" if pulls is not False else " is stationary, but does not attract"
         )
     if stationary is False:
-        return f"none in closed form; not π_{teacher}"
+        several = len({t for v in main for t in v.term.teachers if t != "initial"}) > 1
+        return "none in closed form" + ("" if several else f"; not π_{teacher}")
     return UNDECIDED
 
 
 def _attracts(spec: Spec) -> bool | None:
-    """Whether the field lowers KL(π ‖ π_T) at every state tried close to the teacher."""
-    world = field.random_world(29)
-    noise = np.random.default_rng(31).normal(0, 0.03, world.q.shape)
-    near = world.q * np.exp(noise)
-    near_world = world.with_student(near / near.sum(1, keepdims=True))
-    total = total_field(spec, near_world)
-    return None if total is None else field.descends(total, near_world)[RKL]
+    """Whether students close to the teacher come closer; None where neither is clear."""
+    world = world_of(spec, 29)
+    noise = np.random.default_rng(31).normal(0, 0.05, world.q.shape)
+    here = _near(world, np.log(world.q) + noise)
+    total = total_field(spec, here)
+    if total is None:
+        return None
+    if field.descends(total, here)[RKL]:
+        return True
+    start, z = _distance(here), here.student[:, 0]
+    for _ in range(40):  # the field need not lower KL at every step: follow it for a while
+        total = total_field(spec, here)
+        if total is None:
+            return None
+        z = z + np.clip(2.0 * total, -0.5, 0.5)
+        here = _near(world, z)
+    end = _distance(here)
+    if (end < 0.9 * start).all():
+        return True
+    return False if (end > 1.1 * start).any() else None
+
+
+def _near(world: field.World, z: np.ndarray) -> field.World:
+    p = np.exp(z - z.max(1, keepdims=True))
+    return world.with_student(p / p.sum(1, keepdims=True))
+
+
+def _distance(world: field.World) -> np.ndarray:
+    return (world.pi * (np.log(world.pi) - np.log(world.q))).sum(1)
+
+
+def world_of(spec: Spec, seed: int) -> field.World:
+    """Random states; T is the first teacher that a term reads."""
+    names = [t for term in spec.terms for t in term.teachers if t != "initial"]
+    return field.random_world(seed, 1.3, names[0] if names else "")
 
 
 def _teacher_name(found: list[View]) -> str:
     names = {t for v in found for t in v.term.teachers if t != "initial"}
-    return next(iter(names)) if len(names) == 1 else "T"
+    return next(iter(names)) if len(names) == 1 else next((v.teacher for v in found), "T")
 
 
 def _cut_point(spec: Spec, main: list[View], teacher: str) -> str | None:
@@ -97,7 +126,7 @@ def _cut_point(spec: Spec, main: list[View], teacher: str) -> str | None:
     if len(main) != 1 or main[0].cut is None or main[0].term.route != "loss":
         return None
     q, tail, view = f"π_{teacher}", main[0].cut, main[0]
-    world = field.random_world(7)
+    world = world_of(spec, 7)
     loss = view.term.loss
     if tail == "renormalize":
         return f"any student with the shape of {q} inside the support; mass outside is free"
@@ -111,8 +140,9 @@ def _cut_point(spec: Spec, main: list[View], teacher: str) -> str | None:
     mass = np.where(top, world.q, 0.0).sum(1, keepdims=True)
     if field.vanishes(spec, loss, world.with_student(inside)) and _is_fkl(view):
         return f"{q} renormalised on the support; everything outside is erased"
+    plain = (field.divergence(spec, view.term) or "").endswith("KL(student ‖ T)")
     shrunk = np.where(top, world.q / np.e, world.q * (1 - mass / np.e) / (1 - mass))
-    if field.vanishes(spec, loss, world.with_student(shrunk)):
+    if plain and field.vanishes(spec, loss, world.with_student(shrunk)):
         return (
             f"the shape of {q} on the support with total mass π_{teacher}(Ω)/e: mass is pushed out"
         )

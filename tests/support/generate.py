@@ -101,7 +101,24 @@ class Writer:
             lambda: self.use("tempered", f"tempered({t}, {self.num(0.5, 2.0)})"),
             lambda: self.use("mixture", f"({self.num(0.3, 0.9)} * {t} + 0.25 * initial)"),
             lambda: self.use("mixture", f"sg(0.8 * {t} + 0.2 * student)"),
+            lambda: self.use("let", self.named_dist(f"0.5 * {t} + 0.5 * initial")),
         )
+
+    def named_dist(self, text: str) -> str:
+        name = self.fresh("Mix")
+        self.lets.append(f"  let {name} = {text}")
+        return name
+
+    def target(self) -> str:
+        """A target built from an index set: known on that set only, so on the full vocabulary."""
+        t = self.teacher
+        shape = self.pick(
+            f"{t}[v] ^ {self.num(0.4, 1.6)} * initial[v] ^ 0.5",
+            f"max({t}[v] - 0.05, 0)",
+            f"exp({self.num(0.5, 2.0)} * log({t}[v]))",
+        )
+        self.features.add("normalized target")
+        return self.named_dist(f"normalize(v in full: {shape})")
 
     def live(self) -> str:
         if self.chance(0.7):
@@ -129,6 +146,8 @@ class Writer:
         options: list[object] = [
             lambda: self.use("set top", f"top({k}, of = {t})"),
             lambda: self.use("set top", f"top({k}, of = student)"),
+            lambda: self.use("set of a mixture", f"top({k}, of = 0.5 * {t} + 0.5 * student)"),
+            lambda: self.use("set of a mixture", f"top({k}, of = tempered({t}, 2.0))"),
             lambda: self.use("set top_p", f"top_p({self.num(0.3, 0.95)}, of = {self.pick(t, 'student')}"
                              f"{self.pick('', ', at_most = 6')})"),
         ]  # fmt: skip
@@ -161,6 +180,9 @@ class Writer:
     def loss(self) -> str:
         if self.sampled_only:
             return self.sampled_loss()
+        if self.full and self.chance(0.06):
+            q = self.target()
+            return self.pick(f"KL({q} || student, on = full)", f"TV(student || {q}, on = full)")
         return self.pick(
             self.divergence, self.divergence, self.divergence, self.own_divergence, self.user_def,
             self.sampled_loss, self.sum_of_losses,
@@ -337,7 +359,8 @@ class Writer:
             self.critics.append(name)
             self.lets.append(f"  let {name} : nats per token = critic(init = zero, lr = 0.01)")
         self.features.add("critic")
-        return self.r.choice(self.critics)
+        name = self.r.choice(self.critics)
+        return self.pick(name, name, f"min({name}, 0)", f"0.5 * {name}")
 
     def credit_rule(self) -> str:
         rule = self.r.choice(
@@ -365,6 +388,9 @@ class Writer:
             "D[t] = r[t] - c * D[t + 1]\n  G[t] = D[t] + c * G[t + 1]\n  return G - G[t + 2]",
             "return r + c * (mean(i in group: r) - mean(t in sequence: r))",
             "return whiten(r) * c + r[t - 1]",
+            "return r - c * mean(i in same_position: r)",
+            "s = std(r) + 0.1\n  return clip(r / s, -c, c)",
+            "d = if position == 0 then 0 else r[t - 1]\n  return r + c * d",
             "m = sum(t in sequence: r)\n  return c * r + (m - r) / max(length, 1)",
             "G[t] = r[t] + sigmoid(position - 2) * G[t + 1]\n  return G",
         )
@@ -500,6 +526,11 @@ class Writer:
                 lambda: self.use("weight live coupled",
                     "live(entropy(student) / (0.5 + mean(entropy(student))))"),
                 lambda: self.use("weight overlap", f"overlap({t}, student, k = 2)"),
+                lambda: self.use("weight target", f"1 + {self.target()}[y]"),
+                lambda: self.use("weight quantile",
+                    f"if quantile(sum(t in sequence: entropy(student)), 0.5) < 3 then 1 else "
+                    f"{self.num(0.1, 0.9)}"),
+                lambda: self.use("weight std", "1 / (0.5 + std(entropy(student)))"),
                 lambda: self.use("weight batch", f"abs(KL(student || {t}, on = full)) / "
                     f"(0.1 + max(i in batch: abs(KL(student || {t}, on = full))))"),
             ]  # fmt: skip
@@ -602,6 +633,9 @@ def spec(seed: int) -> Text:
     aggregate = r.choice(AGGREGATES)
     w.features.add(f"aggregate {aggregate}")
     sampler = r.choice(("", "", "", ", temperature = 0.9", ", top_p = 0.95"))
+    state = f"rollouts(student, group = 2{sampler})"
+    if "route reward" not in w.features and "term use" not in w.features and r.random() < 0.2:
+        state = w.use("state mix", f"mix(0.5: {state}, 0.5: sequences(data))")
     access = {"top": "top(6)", "sampled": "sampled"}.get(profile, "logits")
     if profile == "routed":
         who = ("left", "right")
@@ -621,7 +655,7 @@ def spec(seed: int) -> Text:
         "",
         f'method generated_{seed} "generated" {{',
         *w.params,
-        f"  state rollouts(student, group = 2{sampler})",
+        f"  state {state}",
         *teachers,
         *w.lets,
         *terms,
