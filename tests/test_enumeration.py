@@ -109,11 +109,12 @@ def test_v4_a_baseline_of_the_state_changes_no_mean(credit: str, want: Tensor) -
 
 
 def test_v4_a_baseline_of_the_action_is_biased() -> None:
-    own = "def baseline_own(G : nats per token) : nats per token\n  = G - 0.5 * logratio(T, student)"
-    body = "let T2 = T\nsupport sampled\nfeedback reward logratio(T, rollout)\n"
-    text = own.replace("logratio(T, student)", "(log(initial[y]) - log(student[y]))")
-    m = toy.method(body + "credit return_to_go(baseline = own)", text)
-    apart(field(m, initial_SV=TEACHER), J_SEQ, 0.1)
+    own = (
+        "def baseline_own(G : nats per token, q : dist) : nats per token\n"
+        "  = G - 0.5 * logratio(q, student)"
+    )
+    m = toy.reward(LOG_RATIO, "return_to_go(baseline = own(q = T))", defs=own)
+    apart(field(m), J_SEQ, 0.1)
 
 
 def test_v4_leave_one_out_is_unbiased_and_group_mean_shrinks() -> None:
@@ -180,7 +181,7 @@ def test_v5_the_bootstrap_follows_what_is_made_of_the_critic() -> None:
     )  # fmt: skip
     logp = torch.log(torch.tensor(3.0, dtype=torch.float64))
     advantage = torch.tensor([0.5 * -4.0, -4.0])  # δ_1 = 0.5 · (−8), A_0 = 0.5 · A_1
-    assert float(m.loss(batch).loss) == pytest.approx(float((advantage * logp).sum()))
+    assert float(m.loss(batch).loss.detach()) == pytest.approx(float((advantage * logp).sum()))
 
 
 # ---- V6, V7: signals that cannot teach ------------------------------------------------------------
@@ -279,7 +280,7 @@ F = {  # f(u), u = T / student at y, and its field f - u f'
     "reverse": ("-log(u)", "1 - log(u)"),
     "forward": ("u * log(u)", "-u"),
     "chi2": ("u ^ 2 - 1", "-(u ^ 2) - 1"),
-    "hellinger": ("1 - u ^ 0.5", "1 - 0.5 * u ^ 0.5"),
+    "hellinger": ("(1 - u ^ 0.5) ^ 2", "1 - u ^ 0.5"),
     "jensen_shannon": (
         "0.5 * (u * log(u) - (1 + u) * log((1 + u) / 2))",
         "0.5 * (u * log(u) - (1 + u) * log((1 + u) / 2)) - 0.5 * u * log(2 * u / (1 + u))",
@@ -356,7 +357,8 @@ def test_v10_truncation_family(k: int) -> None:
     inside = ((tail_p / mass) * ((tail_p / mass) / (tail_q / tail_q.sum())).log()).sum()
     assert float(_reverse(SMALL_S) - binned(SMALL_S)) == pytest.approx(float(mass * inside))
     mask = torch.ones_like(p).scatter(-1, ids, 0.0)
-    assert not bool((field(on_top(name, k, "renormalize"), B, SMALL_S, SMALL_T) * mask).any())
+    blind = b_field(on_top(name, k, "renormalize")) * mask
+    assert float(blind.abs().max()) < 1e-15
 
 
 @pytest.mark.parametrize("divergence", ["KL(student || T)", "KL(T || student)",
