@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ast
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from opdsl.ir.program import Program
 from opdsl.ir.stages import Stage, Staged, stage
-from opdsl.meaning.node import SET_OPS, Node
+from opdsl.meaning.node import COUPLING_OPS, OPS, SET_OPS, Node
 from opdsl.meaning.quantity import Axis
 
 
@@ -31,17 +32,18 @@ class Emitted:
         return tuple(sorted({n for s in self.staged for st in s.stages for n in _inputs(st)}))
 
 
-def emit(program: Program) -> Emitted:
+def emit(program: Program, comments: bool = False) -> Emitted:
+    """The passes of a program; with comments, what each group of statements comes from."""
     staged = tuple(stage(program, p) for p in program.parts)
-    chunks = [text for s in staged for text in _part(s)]
+    chunks = [text for s in staged for text in _part(s, comments)]
     text = "\n\n\n".join(chunks) + "\n"
     check(text)
     return Emitted(text, staged)
 
 
-def _part(s: Staged) -> Iterable[str]:
+def _part(s: Staged, comments: bool) -> Iterable[str]:
     for st in s.stages:
-        yield Writer(s, st).function()
+        yield Writer(s, st, comments).function()
 
 
 def function_name(rows: str, st: Stage) -> str:
@@ -77,11 +79,16 @@ def number(value: float) -> str:
     return repr(float(value))
 
 
+INLINE = frozenset("add sub mul neg div exp tanh sigmoid lt le eq and or not".split())
+INLINE_WIDTH = 48  # characters of a value that is written where it is used, if it is used once
+
+
 class Writer:
     """Writes the function of one pass."""
 
-    def __init__(self, staged: Staged, st: Stage):
-        self.staged, self.st = staged, st
+    def __init__(self, staged: Staged, st: Stage, comments: bool = False):
+        self.staged, self.st, self.comments = staged, st, comments
+        self.topic = ""
         self.names: dict[int, str] = {}
         self.lines: list[str] = []
         self.rows = st.kind == "rows"
@@ -154,9 +161,58 @@ class Writer:
 
     # -- statements --------------------------------------------------------------------------
     def statement(self, n: Node) -> None:
+        if n.op in ("const", "full"):  # written where they are used
+            value = self._const(n) if n.op == "const" else "None"
+            self.names[n.id] = f"({value})" if value.startswith("-") else value
+            return
+        if n.op == "logp" and not self._read_dense(n):
+            return  # gathers below read the distribution itself
         right = getattr(self, f"_{n.op}", None)
         text = right(n) if right is not None else self.simple(n)
-        self.lines.append(f"{self.fresh(n)} = {text}")
+        if n.op in INLINE and self.uses[n.id] == 1 and len(text) <= INLINE_WIDTH:
+            self.names[n.id] = text if text.startswith("torch.") else f"({text})"
+            return
+        line = f"{self.fresh(n)} = {text}"
+        note = self.note(n) if self.comments and "#" not in line else ""
+        self.lines.append(f"{line}  # {note}" if note else line)
+
+    @cached_property
+    def uses(self) -> Counter[int]:
+        """How often the text of a value is written in this pass; what leaves it counts twice."""
+        found: Counter[int] = Counter()
+        for n in self.st.nodes:
+            twice = n.op in ("min", "max")
+            for a in n.args:
+                found[a.id] += 2 if twice else 1
+        leaving = list(self.st.exports)
+        if self.last:
+            s = self.staged
+            leaving += [s.total, *(n for _, n in (*s.terms, *s.gates))]
+            leaving += [r for c in s.cotangents for r in c.roots]
+        for n in leaving:
+            found[n.id] += 2
+        return found
+
+    # -- comments ------------------------------------------------------------------------------
+    def note(self, n: Node) -> str:
+        """What a statement is, or the text that this and the next statements come from."""
+        if n.op in ("at_y", "at_set") and n.args[0].op == "logp":
+            return f"log {self.words(n.args[0])}[{'y' if n.op == 'at_y' else 'v'}]"
+        if n.op == "add_bin":
+            return "with the log of the remaining mass"
+        if n.op in COUPLING_OPS:
+            return OPS[n.op]
+        topic = comment_text(n.span.text) or "derived"
+        if n.op == "logp" or topic == self.topic:
+            return ""
+        self.topic = topic
+        return topic
+
+    @staticmethod
+    def words(leaf: Node) -> str:
+        name = comment_text(str(leaf.attr("dist")))
+        t = float(leaf.attr("temperature"))  # type: ignore[arg-type]
+        return name if t == 1.0 else f"{name} at temperature {t:g}"
 
     def simple(self, n: Node) -> str:
         a = self.args(n)
@@ -206,9 +262,6 @@ class Writer:
         return f"{store}['{input_key(n)}']"
 
     def _logp(self, n: Node) -> str:
-        """Dense log-probabilities; gathers read the distribution itself."""
-        if not self._read_dense(n):
-            return "None  # only gathered below"
         return f"{self.dist(n)}.full()"
 
     def _read_dense(self, leaf: Node) -> bool:
@@ -223,15 +276,15 @@ class Writer:
         return base if temperature == 1.0 else f"{base}.tempered({number(temperature)})"
 
     # sets
-    def _full(self, n: Node) -> str:
-        return "None"
-
     def _sampled(self, n: Node) -> str:
         return "(y[:, None], torch.ones_like(y[:, None], dtype=torch.bool))"
 
     def _top(self, n: Node) -> str:
         x, k = n.args[0], int(n.attr("k"))  # type: ignore[call-overload]
-        return f"{self.dist(x)}.top({k})" if x.op == "logp" else f"top({self.names[x.id]}, {k})"
+        if x.op != "logp":
+            return f"top({self.names[x.id]}, {k})"
+        # a temperature does not change the order: a served teacher's own list will do
+        return f"d['{_mangle(str(x.attr('dist')))}'].top({k})"
 
     def _top_p(self, n: Node) -> str:
         p, k = number(float(n.attr("p"))), int(n.attr("k"))  # type: ignore[arg-type,call-overload]
@@ -413,6 +466,14 @@ class Writer:
         gates = ", ".join(f"'gate_{i}': {self.names[n.id]}" for i, (_, n) in enumerate(staged.gates))
         both = ", ".join(x for x in (terms, gates) if x)
         self.lines.append(f"return {self.names[staged.total.id]}, dz, {{{both}}}")
+
+
+def comment_text(text: str, width: int = 84) -> str:
+    """Text a user wrote, safe in a comment or docstring: one line, no quotes, no backslashes."""
+    flat = " ".join(text.split()) if width < 200 else text
+    kept = "".join(c if c.isprintable() and c != "\\" else " " for c in flat)
+    kept = kept.replace('"', "'")
+    return kept if len(kept) <= width else kept[: width - 1].rstrip() + "…"
 
 
 def key(n: Node) -> str:

@@ -14,6 +14,7 @@ from opdsl.meaning.node import Builder, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
 from opdsl.meaning.spec import Spec, Term
 from opdsl.records import record, replace
+from opdsl.source import NOWHERE
 
 EMPTY = 1e-12  # floor of a denominator that may be an empty sum of gates
 
@@ -86,6 +87,7 @@ def lift_token(b: Builder, x: Node) -> Node:
 def lower(spec: Spec) -> Program:
     """The program of a specification; pure, except for interning nodes in its builder."""
     b = spec.builder
+    b.span = NOWHERE  # what follows is derived, not written
     parts = []
     for rows in ("main", "golden"):
         terms = [t for t in spec.terms if t.rows == rows]
