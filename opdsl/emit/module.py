@@ -80,7 +80,7 @@ def number(value: float) -> str:
 
 
 INLINE = frozenset("add sub mul neg div exp tanh sigmoid lt le eq and or not".split())
-INLINE_WIDTH = 48  # characters of a value that is written where it is used, if it is used once
+INLINE_WIDTH = 60  # characters of a value that is written where it is used, if it is used once
 
 
 class Writer:
@@ -170,7 +170,8 @@ class Writer:
         right = getattr(self, f"_{n.op}", None)
         text = right(n) if right is not None else self.simple(n)
         if n.op in INLINE and self.uses[n.id] == 1 and len(text) <= INLINE_WIDTH:
-            self.names[n.id] = text if text.startswith("torch.") else f"({text})"
+            call = n.op in ("exp", "tanh", "sigmoid")
+            self.names[n.id] = text if call else f"({text})"
             return
         line = f"{self.fresh(n)} = {text}"
         note = self.note(n) if self.comments and "#" not in line else ""
@@ -228,7 +229,7 @@ class Writer:
         if n.op in table:
             return table[n.op].format(*a)
         if n.op in ("exp", "tanh", "sigmoid"):
-            return f"torch.{n.op}({self.tensor(n.args[0], a[0])})"
+            return f"torch.{n.op}({bare(self.tensor(n.args[0], a[0]))})"
         if n.op == "abs":
             return f"abs({a[0]})"
         raise AssertionError(n.op)
@@ -370,7 +371,7 @@ class Writer:
         return f"where({a} >= {c}, {a}, {c}, like)"
 
     def _where(self, n: Node) -> str:
-        test, yes, no = self.args(n)
+        test, yes, no = (bare(a) for a in self.args(n))
         kind = "torch.bool" if n.q.unit == "bool" else "like"
         return f"where({test}, {yes}, {no}, {kind})"
 
@@ -389,7 +390,7 @@ class Writer:
     # reductions over entries
     def _over(self, n: Node, fill: str) -> str:
         x, s = n.args
-        return f"entries({self.entry(x)}, {self.names[s.id]}, {fill}, n, v)"
+        return f"entries({bare(self.entry(x))}, {self.names[s.id]}, {fill}, n, v)"
 
     def _sum_v(self, n: Node) -> str:
         return f"{self._over(n, '0.0')}.sum(1)"
@@ -474,6 +475,18 @@ def comment_text(text: str, width: int = 84) -> str:
     kept = "".join(c if c.isprintable() and c != "\\" else " " for c in flat)
     kept = kept.replace('"', "'")
     return kept if len(kept) <= width else kept[: width - 1].rstrip() + "…"
+
+
+def bare(text: str) -> str:
+    """Without parentheses around all of it: an argument stands between commas."""
+    if not (text.startswith("(") and text.endswith(")")):
+        return text
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0 and i < len(text) - 1:
+            return text
+    return text[1:-1]
 
 
 def key(n: Node) -> str:
