@@ -15,6 +15,7 @@ import torch
 
 from opdsl.train import verify
 from opdsl.train.embedded import TASKS, build, build_pair, chain, get_task, recipes
+from opdsl.train.rollout import decode
 
 ROOT = Path(__file__).parent.parent
 
@@ -302,3 +303,131 @@ def test_verifier_failures_are_errors():
     assert verify.verify_embedded(task, prompts, [p.golden for p in prompts]) == [1.0] * 3
     with pytest.raises(ValueError, match="3 prompts but 0"):
         verify.verify_embedded(task, prompts, [])
+
+
+# ---- what the tasks separate (slow: builds models, trains for a few minutes) -----------
+
+
+def distil(task, pair, method, steps, data="prompts", seed=0):
+    """`steps` steps of a hand-written loss on the pair's student; returns it trained.
+
+    method(logp_BTV, teacher_logp_BTV, tokens_BT, mask_BT, right_B) -> per-token loss [B, T].
+    """
+    student = pair.student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.0)
+
+    def scores(model, ids, tokens_BT):
+        full = torch.cat([torch.tensor(ids), tokens_BT], 1)
+        T = tokens_BT.shape[1]
+        return model(input_ids=full, use_cache=False).logits[:, -T - 1 : -1].log_softmax(-1)
+
+    for step in range(steps):
+        prompts = getattr(task, data)(seed, step, 64)
+        ids = [p.ids for p in prompts]
+        if data == "prompts":
+            generator = torch.Generator().manual_seed(1000 * seed + step)
+            limits = {"max_new_tokens": task.max_new_tokens, "eos": task.eos, "pad": task.pad}
+            out = decode(student, ids, generator=generator, **limits)
+            tokens_BT, lengths_B = out.tokens, out.lengths
+        else:
+            tokens_BT = torch.tensor([p.golden for p in prompts])
+            lengths_B = torch.full((64,), tokens_BT.shape[1])
+        mask_BT = torch.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+        with torch.no_grad():
+            teacher = scores(pair.teacher, [p.teacher_ids for p in prompts], tokens_BT)
+        right_B = torch.tensor([task.verify(p, r) for p, r in zip(prompts, tokens_BT)])
+        loss_BT = method(scores(student, ids, tokens_BT), teacher, tokens_BT, mask_BT, right_B)
+        loss = loss_BT[mask_BT].mean()
+        if method is replayed:
+            old = task.golden_batch(seed, step, 16)
+            gold_BT = torch.tensor([p.golden for p in old])
+            logp = scores(student, [p.ids for p in old], gold_BT)
+            loss = loss - 0.5 * at(logp, gold_BT).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 5)
+        optimizer.step()
+    return student.eval()
+
+
+def score(task, model, prompts=None, greedy=True) -> float:
+    prompts = prompts or task.held_out()
+    limits = {"max_new_tokens": task.max_new_tokens, "eos": task.eos, "pad": task.pad}
+    generator = torch.Generator().manual_seed(0)
+    out = decode(model, [p.ids for p in prompts], greedy=greedy, generator=generator, **limits)
+    return float(np.mean([task.verify(p, r) for p, r in zip(prompts, out.rows())]))
+
+
+def at(logp_BTV, tokens_BT):
+    return logp_BTV.gather(-1, tokens_BT[..., None])[..., 0]
+
+
+def reverse_kl(logp, teacher, tokens, mask, right):
+    return (logp.exp() * (logp - teacher)).sum(-1)
+
+
+def replayed(*arguments):
+    return reverse_kl(*arguments)
+
+
+def truncated(logp, teacher, *_):
+    ids = teacher.topk(4, -1).indices
+    p, q = logp.gather(-1, ids), teacher.gather(-1, ids)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def imitation(logp, teacher, tokens, *_):
+    return -at(logp, tokens)
+
+
+def sign_gate(logp, teacher, tokens, mask, right):
+    ratio = at(teacher - logp.detach(), tokens)
+    return -at(logp, tokens) * torch.where(
+        right[:, None] > 0, ratio.clamp(min=0), ratio.clamp(max=0)
+    )
+
+
+def with_future(logp, teacher, tokens, mask, right):
+    """Full KL plus the later log-ratios as the return of the sampled token."""
+    ratio = at(teacher - logp.detach(), tokens) * mask
+    future = ratio.flip(1).cumsum(1).flip(1) - ratio
+    future = future - (future * mask).sum(0) / mask.sum(0).clamp(min=1)
+    return reverse_kl(logp, teacher, tokens, mask, right) - future * at(logp, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("name", "good", "poor", "steps", "at_least", "at_most"),
+    [
+        ("chain", reverse_kl, truncated, 100, 0.9, 0.3),
+        ("fork", with_future, reverse_kl, 100, 0.9, 0.6),
+        ("fork_muddled", with_future, reverse_kl, 100, 0.9, 0.6),
+        ("flawed", sign_gate, reverse_kl, 100, 0.8, 0.75),
+        ("retain", replayed, reverse_kl, 100, 0.95, 0.6),
+        ("scarce", reverse_kl, imitation, 150, 0.55, 0.35),
+    ],
+)
+def test_task_separates(name, good, poor, steps, at_least, at_most, seed):
+    task = get_task(name)
+
+    def result(method):
+        data = "data_batch" if method is imitation else "prompts"
+        student = distil(task, build_pair(task, seed), method, steps, data, seed)
+        if task.old_skill:
+            assert score(task, student) > 0.95, "the new skill is learned either way"
+            return score(task, student, task.extra_eval()["old skill"])
+        return score(task, student, greedy=not task.fork)
+
+    assert result(good) >= at_least
+    assert result(poor) <= at_most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_default_pair_is_as_promised(seed):
+    task = get_task("chain")
+    pair = build_pair(task, seed)
+    assert score(task, pair.teacher) > 0.97 and score(task, pair.student) <= 0.25

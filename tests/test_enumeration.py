@@ -85,7 +85,12 @@ def test_v3_only_the_whole_return_is_a_gradient() -> None:
     assert exact.asymmetry(lambda z: field(direct, w, z, teacher), student) > 0.01
     one = exact.tree(5, 1, None)  # with one state nothing is frozen: every divergence is a gradient
     s1, t1 = toy.models(one, 6)
-    for divergence in ("KL(student || T)", "KL(T || student)", "JSD(T || student)", "TV(T || student)"):
+    for divergence in (
+        "KL(student || T)",
+        "KL(T || student)",
+        "JSD(T || student)",
+        "TV(T || student)",
+    ):
         m = toy.loss(divergence)
         assert exact.asymmetry(lambda z, m=m: field(m, one, z, t1), s1) < 1e-7
 
@@ -118,7 +123,10 @@ def test_v4_a_baseline_of_the_action_is_biased() -> None:
 
 
 def test_v4_leave_one_out_is_unbiased_and_group_mean_shrinks() -> None:
-    same(field(toy.reward(LOG_RATIO, "return_to_go(baseline = leave_one_out)", group=2), group=2), J_SEQ)
+    same(
+        field(toy.reward(LOG_RATIO, "return_to_go(baseline = leave_one_out)", group=2), group=2),
+        J_SEQ,
+    )
     one = exact.tree(5, 1, None)
     s, t = toy.models(one, 4)
     want = exact.gradient(lambda z: exact.sequence_kl(one, z, t), s)
@@ -191,7 +199,9 @@ def test_v6_a_reward_of_the_state_alone() -> None:
     signal = "-KL(student || T)"
     m = toy.method(f"support full\nfeedback reward {signal}\ncredit immediate")
     assert float(field(m).abs().max()) < 1e-15
-    cut = toy.method(f"support top(2, of = T, tail = bin)\nfeedback reward {signal}\ncredit immediate")
+    cut = toy.method(
+        f"support top(2, of = T, tail = bin)\nfeedback reward {signal}\ncredit immediate"
+    )
     assert float(field(cut).abs().max()) < 1e-15
     by_length = toy.method(
         f"support full\nfeedback reward {signal}\ncredit immediate\naggregate mean(over = sequences)"
@@ -306,7 +316,9 @@ def test_v9_corrected_rewards_of_f_divergences(name: str) -> None:
     want = small(objective)
     same(b_field(toy.reward(f"my_{name}(student, T)", defs=written(corrected))), want, 1e-11)
     if name != "reverse":  # the value itself as a reward points elsewhere
-        assert cosine(b_field(toy.reward(f"my_{name}(student, T)", defs=written(value))), want) < 0.9
+        assert (
+            cosine(b_field(toy.reward(f"my_{name}(student, T)", defs=written(value))), want) < 0.9
+        )
 
 
 # ---- V10: cut supports --------------------------------------------------------------------------------
@@ -370,25 +382,22 @@ def test_v10_the_sampled_tail_is_unbiased(divergence: str, k: int) -> None:
 
 
 def test_v10_a_renormalized_sample_is_refused() -> None:
-    with pytest.raises(opdsl.CompileError) as e:
-        opdsl.compile(
-            "opd 1\nmethod one {\n state rollouts(student)\n teacher T = external(access = logits)\n"
-            " support union(sampled, sampled, tail = renormalize)\n"
-            " feedback loss KL(student || sampled)\n aggregate mean(over = tokens)\n}\n"
-        )
-    assert e.value.diagnostics
+    with pytest.raises(opdsl.CompileError, match="OPD312"):
+        toy.loss("KL(student || T)", "sampled(tail = renormalize)")
 
 
 def test_v10_dropped_forward_kl_rests_at_the_teacher_inside() -> None:
     """Raw KL(T ‖ student) on the support: its minimum is the teacher renormalised there."""
     k = 4
     m = on_top("KL(T || student)", k, "drop")
-    p, q = probs(SMALL_S)
+    _, q = probs(SMALL_S)
     ids = cut(SMALL_S, k)[-1]
     inside = torch.full_like(q, 1e-300).scatter(-1, ids, q.gather(-1, ids)).log()
     assert float(field(m, B, inside, SMALL_T).abs().max()) < 1e-12
     assert float(field(m, B, SMALL_T, SMALL_T).abs().max()) > 1e-2
-    assert float(field(on_top("KL(T || student)", k, "bin"), B, SMALL_T, SMALL_T).abs().max()) < 1e-12
+    assert (
+        float(field(on_top("KL(T || student)", k, "bin"), B, SMALL_T, SMALL_T).abs().max()) < 1e-12
+    )
 
 
 # ---- V11, V12: where punished mass goes ----------------------------------------------------------------
@@ -579,7 +588,10 @@ def test_v15_weights_of_the_state_only_reweigh_states() -> None:
     gate = toy.reward(LOG_RATIO, more="gate hesitant(T, 1)")
     same(field(gate), weighted((entropy > 1).double()))
     place = torch.tensor([len(p) for p in A.prefixes], dtype=torch.float64)
-    same(field(toy.reward(LOG_RATIO, more="weight exp(-0.5 * position)")), weighted((-0.5 * place).exp()))
+    same(
+        field(toy.reward(LOG_RATIO, more="weight exp(-0.5 * position)")),
+        weighted((-0.5 * place).exp()),
+    )
 
 
 def test_v15_weights_of_the_action_or_the_outcome_do_more() -> None:
@@ -596,8 +608,9 @@ def test_v15_weights_of_the_action_or_the_outcome_do_more() -> None:
 
 def test_ratio_corrects_the_sampler_at_its_own_token() -> None:
     sampler = SMALL_S / 0.7
-    plain, fixed = toy.reward("logratio(T, student)"), toy.reward(
-        "logratio(T, student)", more="weight ratio(student, rollout)"
+    plain, fixed = (
+        toy.reward("logratio(T, student)"),
+        toy.reward("logratio(T, student)", more="weight ratio(student, rollout)"),
     )
     same(field(fixed, B, SMALL_S, SMALL_T, sampler_SV=sampler), REVERSE)
     apart(field(plain, B, SMALL_S, SMALL_T, sampler_SV=sampler), REVERSE)

@@ -334,3 +334,12 @@ def test_explain_starts_fast_and_without_torch():
         times.append(time.perf_counter() - start)
         assert out.stdout == opdsl.load("verifier_hybrid").explain()
     assert min(times) < 4  # about 1 s on an idle machine
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 2))
+def test_generated_specs_are_explained(seed):
+    from support import generate
+
+    method = generate.compiled(generate.spec(seed).text)
+    for format_ in ("text", "json", "latex"):
+        assert method.explain(format_)

@@ -74,22 +74,26 @@ def mixed(weight: float, a: Tensor, b: Tensor) -> Tensor:
 DIRECT: dict[str, Callable[[Tensor], Tensor]] = {
     "KL(student || T)": lambda s: kl(s, LT),
     "KL(T || student)": lambda s: kl(LT, s),
-    "JSD(T || student, beta = 0.3)": lambda s: 0.3 * kl(LT, mixed(0.3, LT, s))
-    + 0.7 * kl(s, mixed(0.3, LT, s)),
-    "JSD(student || T, beta = 0.3)": lambda s: 0.3 * kl(s, mixed(0.3, s, LT))
-    + 0.7 * kl(LT, mixed(0.3, s, LT)),
+    "JSD(T || student, beta = 0.3)": lambda s: (
+        0.3 * kl(LT, mixed(0.3, LT, s)) + 0.7 * kl(s, mixed(0.3, LT, s))
+    ),
+    "JSD(student || T, beta = 0.3)": lambda s: (
+        0.3 * kl(s, mixed(0.3, s, LT)) + 0.7 * kl(LT, mixed(0.3, s, LT))
+    ),
     "skew_KL(student || T, alpha = 0.2)": lambda s: kl(s, mixed(0.2, s, LT)),
     "skew_KL(T || student, alpha = 0.2)": lambda s: kl(LT, mixed(0.2, LT, s)),
     "TV(student || T)": lambda s: 0.5 * (s.exp() - LT.exp()).abs().sum(-1),
     "hellinger(student || T)": lambda s: 1 - (0.5 * (s + LT)).exp().sum(-1),
     "chi2(student || T)": lambda s: (2 * s - LT).exp().sum(-1) - 1,
     "power(student || T)": lambda s: 0.5 * (s.exp() - LT.exp()).square().sum(-1),
-    "alpha_beta(student || T, alpha = 0.4, beta = 0.5)": lambda s: -(
-        (0.4 * s + 0.5 * LT).exp().sum(-1)
-        - 0.4 / 0.9 * (0.9 * s).exp().sum(-1)
-        - 0.5 / 0.9 * (0.9 * LT).exp().sum(-1)
-    )
-    / 0.2,
+    "alpha_beta(student || T, alpha = 0.4, beta = 0.5)": lambda s: (
+        -(
+            (0.4 * s + 0.5 * LT).exp().sum(-1)
+            - 0.4 / 0.9 * (0.9 * s).exp().sum(-1)
+            - 0.5 / 0.9 * (0.9 * LT).exp().sum(-1)
+        )
+        / 0.2
+    ),
     "KL(tempered(student, 2) || tempered(T, 2))": lambda s: kl(
         torch.log_softmax(s / 2, -1), torch.log_softmax(LT / 2, -1)
     ),
@@ -99,9 +103,9 @@ DIRECT: dict[str, Callable[[Tensor], Tensor]] = {
     "k2(student, T)": lambda s: 0.5 * (at_y(s) - at_y(LT)) ** 2,
     "k3(student, T)": lambda s: (at_y(LT) - at_y(s)).exp() - 1 - (at_y(LT) - at_y(s)),
     "-log(student[y]) * sg(T[y])": lambda s: -at_y(s) * at_y(LT).exp(),
-    "1 nats * overlap(T, student, k = 3)": lambda s: s.exp()
-    .gather(-1, LT.topk(3, -1).indices)
-    .sum(-1),
+    "1 nats * overlap(T, student, k = 3)": lambda s: (
+        s.exp().gather(-1, LT.topk(3, -1).indices).sum(-1)
+    ),
 }
 
 
@@ -133,10 +137,12 @@ SHAPES = {
     "KL(student || T)": kl,
     "KL(T || student)": lambda s, t: kl(t, s),
     "TV(student || T)": lambda s, t: 0.5 * (s.exp() - t.exp()).abs().sum(-1),
-    "hellinger(student || T)": lambda s, t: 0.5
-    * ((0.5 * s).exp() - (0.5 * t).exp()).square().sum(-1),
-    "JSD(student || T, beta = 0.4)": lambda s, t: 0.4 * kl(s, mixed(0.4, s, t))
-    + 0.6 * kl(t, mixed(0.4, s, t)),
+    "hellinger(student || T)": lambda s, t: (
+        0.5 * ((0.5 * s).exp() - (0.5 * t).exp()).square().sum(-1)
+    ),
+    "JSD(student || T, beta = 0.4)": lambda s, t: (
+        0.4 * kl(s, mixed(0.4, s, t)) + 0.6 * kl(t, mixed(0.4, s, t))
+    ),
 }
 
 
@@ -160,7 +166,7 @@ def test_sampled_tail() -> None:
 
     def by_hand(z: Tensor) -> Tensor:
         s, t = pair(z, TOP)
-        inside = (TOP == X.tokens_BT[..., None]).any(-1)
+        inside = (X.tokens_BT[..., None] == TOP).any(-1)
         gap = at_y(lp(z)) - at_y(LT)
         score = (gap + 1).detach() * at_y(lp(z))
         tail = gap.detach() + score - score.detach()
@@ -264,7 +270,7 @@ def others_mean(g_BT: Tensor, own: bool) -> Tensor:
 def position_mean(g_BT: Tensor) -> Tensor:
     out = torch.zeros_like(g_BT)
     for b, t in torch.nonzero(MASK).tolist():
-        same = MASK & (POSITION == POSITION[b, t])
+        same = MASK & (POSITION[b, t] == POSITION)
         out[b, t] = g_BT[same].mean()
     return out
 
@@ -283,9 +289,7 @@ BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_baselines(baseline: str) -> None:
     g = CREDITS["return_to_go"]()
-    check(
-        credited(f"return_to_go(baseline = {baseline})"), score(g - BASELINES[baseline](g))
-    )
+    check(credited(f"return_to_go(baseline = {baseline})"), score(g - BASELINES[baseline](g)))
 
 
 REWARD_SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -315,7 +319,9 @@ def test_whitening() -> None:
 
 
 def test_scores_route() -> None:
-    m = toy.method("support top(4, of = T, tail = drop)\nfeedback scores log(T[v]) - log(student[v])")
+    m = toy.method(
+        "support top(4, of = T, tail = drop)\nfeedback scores log(T[v]) - log(student[v])"
+    )
 
     def by_hand(z: Tensor) -> Tensor:
         s, t = pair(z, TOP)
@@ -418,7 +424,7 @@ FACTORS: dict[str, Callable[[], Tensor]] = {
         [float(p["domain"] == "math") for p in X.prompt], dtype=torch.float64
     )[:, None],
     "gate entropy(student) >= quantile(entropy(student), 0.5)": lambda: (
-        ENTROPY_S >= torch.quantile(ENTROPY_S[MASK], 0.5)
+        torch.quantile(ENTROPY_S[MASK], 0.5) <= ENTROPY_S
     ).double(),
     "weight ratio(student, rollout)": lambda: (at_y(LP) - ROLLOUT).exp(),
     "weight truncated_ratio(student, rollout, cap = 1.1)": lambda: (at_y(LP) - ROLLOUT)
@@ -530,9 +536,49 @@ def test_terms_add_up() -> None:
     first, second = (POSITION < 2).double(), (~X.special_BT).double()
     check(
         m,
-        lambda z: 2 * 0.5 * (at_y(lp(z)) - at_y(LT)) ** 2 * first / (first * MASK).sum()
-        + 0.5 * kl(LT, lp(z)) * second / (second * MASK).sum(),
+        lambda z: (
+            2 * 0.5 * (at_y(lp(z)) - at_y(LT)) ** 2 * first / (first * MASK).sum()
+            + 0.5 * kl(LT, lp(z)) * second / (second * MASK).sum()
+        ),
     )
+
+
+def test_units_do_not_depend_on_the_spelling() -> None:
+    """2 and 2 nats, a scaled declared quantity, a coefficient of one: numbers keep their kind."""
+    both = toy.loss("1.5 * hellinger(student || T) + 2 * KL(student || T)")
+    check(both, lambda z: 1.5 * DIRECT["hellinger(student || T)"](lp(z)) + 2 * kl(lp(z), LT))
+    m = toy.method(
+        """let two = 2
+        support full
+        feedback reward two * logratio(T, rollout) + 1 * outcome
+        credit immediate
+        routing counterfactual(when = student[y] > 2 * T[y], among = {v in full: T[v] > student[v]},
+          toward = T[v] - student[v], strength = 2 nats * (student[y] - T[y]), otherwise = drop)"""
+    )
+    a = 2 * R + OUTCOME[:, None]
+
+    def by_hand(z: Tensor) -> Tensor:
+        s, p, q = lp(z), LP.exp(), LT.exp()
+        share = (q - p).clamp_min(0)
+        share = share.scatter(-1, X.tokens_BT[..., None], 0.0)
+        rho = share / share.sum(-1, keepdim=True)
+        moved = 2 * (at_y(p) - at_y(q)) * (at_y(s) - (rho * s).sum(-1))
+        return torch.where(at_y(p) > 2 * at_y(q), moved, -a * at_y(s))
+
+    check(m, by_hand)
+
+
+def test_conditions_in_arithmetic_count_as_one_and_zero() -> None:
+    m = toy.loss(
+        "KL(student || T)",
+        more="weight (position < 2) + 2 * (student[y] > 0.1) + sum(v in full: T[v] > 0.1)",
+    )
+    count = (
+        (POSITION < 2).double()
+        + 2 * (at_y(LP).exp() > 0.1).double()
+        + (LT.exp() > 0.1).double().sum(-1)
+    )
+    check(m, lambda z: kl(lp(z), LT) * count)
 
 
 # ---- finite differences ---------------------------------------------------------------------------------

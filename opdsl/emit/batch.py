@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -203,7 +204,7 @@ class Batch:
         edges = [round(i * total / n) for i in range(n + 1)]
         return [
             self._cut(lo, hi, self.golden if i == 0 else None)
-            for i, (lo, hi) in enumerate(zip(edges, edges[1:]))
+            for i, (lo, hi) in enumerate(pairwise(edges))
             if hi > lo or n == 1
         ]
 
@@ -313,7 +314,9 @@ class _Plan:
     def rows(self, x: Tensor) -> Tensor:
         """[B, T, …] -> [N, …]"""
         if tuple(x.shape[:2]) != self.shape:
-            raise BatchError(f"expected [{self.shape[0]}, {self.shape[1]}, …], got {tuple(x.shape)}")
+            raise BatchError(
+                f"expected [{self.shape[0]}, {self.shape[1]}, …], got {tuple(x.shape)}"
+            )
         return x.reshape(-1, *x.shape[2:])[self.place_N]
 
     def logprobs(self, x: Tensor, what: str, floor: float | None = None) -> Tensor:
@@ -348,16 +351,34 @@ class _Plan:
         boot = x.new_zeros(b_)
         if x.shape[1] == t_ + 1:
             index = torch.arange(t_, device=x.device)
-            last = torch.where(self.mask, index, index.new_tensor(-1)).amax(1) if t_ else index.new_full((b_,), -1)
+            last = (
+                torch.where(self.mask, index, index.new_tensor(-1)).amax(1)
+                if t_
+                else index.new_full((b_,), -1)
+            )
             boot = x.gather(1, (last + 1)[:, None]).squeeze(1)
         return self.rows(x[:, :t_]), boot[self.kept_B]
 
     def finish(
-        self, cls, dists, rollout, outcome, group, values, step, total, special, prompt, golden, source
+        self,
+        cls,
+        dists,
+        rollout,
+        outcome,
+        group,
+        values,
+        step,
+        total,
+        special,
+        prompt,
+        golden,
+        source,
     ) -> Batch:
         kept = self.kept_B
         group_B = (
-            torch.arange(kept.numel(), device=kept.device) if group is None else self.seqs(group, "group")
+            torch.arange(kept.numel(), device=kept.device)
+            if group is None
+            else self.seqs(group, "group")
         )
         if prompt is not None and len(prompt) != self.shape[0]:
             raise BatchError(f"prompt has {len(prompt)} entries, expected {self.shape[0]}")
@@ -369,7 +390,9 @@ class _Plan:
             if rollout is None
             else self.logprobs(rollout, "rollout_logprobs", -torch.inf).detach(),
             outcome_B=None if outcome is None else self.seqs(outcome, "outcome").detach(),
-            values={k: tuple(y.detach() for y in self.critic(v)) for k, v in _named(values, "").items()},
+            values={
+                k: tuple(y.detach() for y in self.critic(v)) for k, v in _named(values, "").items()
+            },
             special_N=None if special is None else self.rows(special).to(torch.bool),
             prompt=None if prompt is None else tuple(prompt[i] for i in kept.tolist()),
             step=step,

@@ -1,4 +1,4 @@
-"""From a program to readable PyTorch text: one function per pass, one operation a line.
+"""From a program to readable PyTorch text: one function per pass, a value used once in its place.
 
 The text is built from validated numbers and names made here; nothing a user wrote is copied into
 code (their words appear in comments, stripped of anything but printable characters). `check`
@@ -51,7 +51,9 @@ def function_name(rows: str, st: Stage) -> str:
 
 
 def _inputs(st: Stage) -> list[str]:
-    return [input_key(n) for n in st.nodes if n.op == "input" and n.attr("name") not in ("one", "step")]
+    return [
+        input_key(n) for n in st.nodes if n.op == "input" and n.attr("name") not in ("one", "step")
+    ]
 
 
 def input_key(n: Node) -> str:
@@ -79,7 +81,24 @@ def number(value: float) -> str:
     return repr(float(value))
 
 
-INLINE = frozenset("add sub mul neg div exp tanh sigmoid lt le eq and or not".split())
+INLINE = frozenset(
+    [
+        "add",
+        "sub",
+        "mul",
+        "neg",
+        "div",
+        "exp",
+        "tanh",
+        "sigmoid",
+        "lt",
+        "le",
+        "eq",
+        "and",
+        "or",
+        "not",
+    ]
+)
 INLINE_WIDTH = 60  # characters of a value that is written where it is used, if it is used once
 
 
@@ -103,8 +122,11 @@ class Writer:
         else:
             head = [f"def {name}(b, x, like):"]
         for n in self.st.imports:
-            var = self.fresh(n)
             value = f"{'r' if self.rows else 'x'}['{key(n)}']"
+            if self.uses[n.id] == 1 and self.axis(n) is not Axis.SEQ:
+                self.names[n.id] = value
+                continue
+            var = self.fresh(n)
             if self.axis(n) is Axis.SEQ:  # crosses passes as one number per row
                 value = f"b.per_seq({value})"
             self.lines.append(f"{var} = {value}")
@@ -169,6 +191,9 @@ class Writer:
             return  # gathers below read the distribution itself
         right = getattr(self, f"_{n.op}", None)
         text = right(n) if right is not None else self.simple(n)
+        if n.op == "input" and "[" in text and self.uses[n.id] == 1:
+            self.names[n.id] = text
+            return
         if n.op in INLINE and self.uses[n.id] == 1 and len(text) <= INLINE_WIDTH:
             call = n.op in ("exp", "tanh", "sigmoid")
             self.names[n.id] = text if call else f"({text})"
@@ -463,8 +488,12 @@ class Writer:
             args = f"{number(c.temperature)}, {y}, [{sets}], {dense}"
             parts.append(f"softmax_adjoint(d['{_mangle(str(leaf.attr('dist')))}'], {args})")
         self.lines.append(f"dz = {' + '.join(parts) if parts else 'None'}")
-        terms = ", ".join(f"'term_{i}': {self.names[n.id]}" for i, (_, n) in enumerate(staged.terms))
-        gates = ", ".join(f"'gate_{i}': {self.names[n.id]}" for i, (_, n) in enumerate(staged.gates))
+        terms = ", ".join(
+            f"'term_{i}': {self.names[n.id]}" for i, (_, n) in enumerate(staged.terms)
+        )
+        gates = ", ".join(
+            f"'gate_{i}': {self.names[n.id]}" for i, (_, n) in enumerate(staged.gates)
+        )
         both = ", ".join(x for x in (terms, gates) if x)
         self.lines.append(f"return {self.names[staged.total.id]}, dz, {{{both}}}")
 
@@ -503,8 +532,38 @@ _ALLOWED = (
     ast.Pow, ast.USub, ast.Not, ast.Invert, ast.BitAnd, ast.BitOr, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq,
 )  # fmt: skip
 _ROOTS = frozenset(
-    "torch d r b x y n v like abs float log where schedule member union intersection with_bin "
-    "add_bin entries put largest softmax_adjoint ratio top top_p FLOOR TAIL_FLOOR None dz".split()
+    [
+        "torch",
+        "d",
+        "r",
+        "b",
+        "x",
+        "y",
+        "n",
+        "v",
+        "like",
+        "abs",
+        "float",
+        "log",
+        "where",
+        "schedule",
+        "member",
+        "union",
+        "intersection",
+        "with_bin",
+        "add_bin",
+        "entries",
+        "put",
+        "largest",
+        "softmax_adjoint",
+        "ratio",
+        "top",
+        "top_p",
+        "FLOOR",
+        "TAIL_FLOOR",
+        "None",
+        "dz",
+    ]
 )
 
 

@@ -65,7 +65,9 @@ class Sparse:
         raise ValueError("this method reads the teacher's full distribution; only its top is given")
 
     def at(self, ids):
-        out = torch.full_like(ids, FLOOR, dtype=(self.logp if self.logp is not None else self.logp_y).dtype)
+        out = torch.full_like(
+            ids, FLOOR, dtype=(self.logp if self.logp is not None else self.logp_y).dtype
+        )
         if self.logp_y is not None:
             out = torch.where(ids == self.y[:, None], self.logp_y[:, None], out)
         if self.ids is not None:
@@ -75,7 +77,9 @@ class Sparse:
 
     def at_y(self):
         if self.logp_y is None:
-            raise ValueError("this method reads the teacher at the sampled token: pass teacher_logprobs")
+            raise ValueError(
+                "this method reads the teacher at the sampled token: pass teacher_logprobs"
+            )
         return self.logp_y
 
     def top(self, k):
@@ -147,7 +151,9 @@ def add_bin(x, s):
     """Log-probabilities [n, K] and the log of the remaining mass, floored."""
     lse = torch.logsumexp(x.masked_fill(~s[1], FLOOR), 1)
     rest = -torch.expm1(lse)
-    tail = torch.where(rest > math.exp(TAIL_FLOOR), rest.clamp_min(math.exp(TAIL_FLOOR)).log(), TAIL_FLOOR)
+    tail = torch.where(
+        rest > math.exp(TAIL_FLOOR), rest.clamp_min(math.exp(TAIL_FLOOR)).log(), TAIL_FLOOR
+    )
     return torch.cat([x, tail.to(x.dtype)[:, None]], 1)
 
 
@@ -340,5 +346,5 @@ class Coupling:
     def quantile(self, x, share):
         x = x.sort().values
         at = share * (x.numel() - 1)
-        low, high = int(math.floor(at)), int(math.ceil(at))
+        low, high = math.floor(at), math.ceil(at)
         return torch.lerp(x[low], x[high], at - low)

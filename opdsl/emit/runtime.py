@@ -22,6 +22,7 @@ from opdsl.emit.batch import (
     HiddenDist,
     RoutedDist,
     SparseDist,
+    place,
 )
 from opdsl.emit.kernels.head import accumulate_type
 from opdsl.emit.kernels.linear_rowwise import linear_rowwise
@@ -118,9 +119,7 @@ class LossModule(nn.Module):
     def _function(self, staged: Staged, st: Stage):
         return self.functions[function_name(staged.rows, st)]
 
-    def _couple(
-        self, staged: Staged, st: Stage, rows: list[Batch], stores: list[Numbers]
-    ) -> None:
+    def _couple(self, staged: Staged, st: Stage, rows: list[Batch], stores: list[Numbers]) -> None:
         """A batch pass over all micro-batches; its exports go back to each."""
         like = _dtype(rows[0])
         seq, length, group, pos = [], [], [], []
@@ -134,10 +133,15 @@ class LossModule(nn.Module):
         coupling = prelude.Coupling(
             torch.cat(seq), torch.cat(pos), torch.cat(length), torch.cat(group)
         )
-        x: dict[str, object] = {"step": float(rows[0].step), "total_steps": float(rows[0].total_steps)}
+        x: dict[str, object] = {
+            "step": float(rows[0].step),
+            "total_steps": float(rows[0].total_steps),
+        }
         for n in st.imports:
             found = [s[key(n)] for s in stores]
-            x[key(n)] = found[0] if n.q.axis is Axis.CONST else torch.cat([_like(f, like) for f in found])
+            x[key(n)] = (
+                found[0] if n.q.axis is Axis.CONST else torch.cat([_like(f, like) for f in found])
+            )
         for n in st.nodes:
             if n.op == "input" and n.attr("name") not in ("one", "step"):
                 for k in _keys(n):
@@ -374,7 +378,9 @@ def _refuse_broken(extras: Mapping[str, Tensor], batch: Batch) -> Numbers:
             bad = torch.nonzero(~torch.isfinite(lse_N)).flatten()
             if bad.numel():
                 where = place(batch, int(bad[0]))
-                raise BatchError(f"the scores of {name.removeprefix('lse:')} are not finite at {where}")
+                raise BatchError(
+                    f"the scores of {name.removeprefix('lse:')} are not finite at {where}"
+                )
     return {k: v for k, v in extras.items() if k not in checks}
 
 

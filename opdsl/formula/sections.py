@@ -203,9 +203,11 @@ def _glossary(spec: Spec, program: Program) -> tuple[str, ...]:
 def _sets(names: Names) -> list[Definition]:
     """Ω and how mass outside it counts, for every set that was printed."""
     out = []
-    for key, base in names.symbols.used.items():
-        if key[0] != "set":
-            continue
+    done: set[tuple] = set()
+    while todo := [k for k in names.symbols.used if k[0] == "set" and k not in done]:
+        key = todo[0]  # describing a set may name another
+        done.add(key)
+        base = names.symbols.used[key]
         assert isinstance(base, Node)
         s = names.symbols.set(base)
         assert s is not None

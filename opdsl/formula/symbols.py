@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from opdsl.formula.algebra import Dist
 from opdsl.formula.notation import Call, Join, Math, Rel, Sym, Text, add, mul, words
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 
 GREEK = {
@@ -126,15 +127,14 @@ class Symbols:
             case "full":
                 return Text("the vocabulary")
             case "top" | "top_p":
-                leaf = s.args[0]
-                d = ("leaf", leaf.attr("dist"), leaf.attr("temperature"), False)
+                of = self._of(s.args[0])
                 k = f"{s.attr('k')}"
                 if s.op == "top_p":
                     return Call(
                         Sym(f"nucleus-{s.attr('p'):g}", words(f"nucleus-{s.attr('p'):g}")),
-                        (self.dist(d),),
+                        (of,),
                     )
-                return Call(Sym(f"top-{k}", words(f"top-{k}")), (self.dist(d),))
+                return Call(Sym(f"top-{k}", words(f"top-{k}")), (of,))
             case "with_bin":
                 return self.described(s.args[0])
         sign = ("∪", r"\cup") if s.op == "union" else ("∩", r"\cap")
@@ -143,6 +143,14 @@ class Symbols:
         for p in parts[1:]:
             out = Chain(out, p, *sign).math()
         return out
+
+    def _of(self, n: Node) -> Math:
+        """The distribution whose most probable entries are taken: a policy, or a mixture."""
+        if n.op == "logp":
+            return self.dist(("leaf", n.attr("dist"), n.attr("temperature"), False))
+        leaves = {m.id: m for m in nodes_below([n]) if m.op == "logp"}
+        names = dict.fromkeys(str(m.attr("dist")) for m in leaves.values())
+        return Text("mixture of " + " and ".join(names))
 
     # -- knobs ---------------------------------------------------------------------------------
     def param(self, name: str) -> Sym:

@@ -107,7 +107,7 @@ def _part(part: Part, batch: Batch) -> tuple[float, Tensor, dict[str, float]]:
     by_term = {
         row.term.name: float(_rows(run(row.loss).detach(), batch).sum()) for row in part.terms
     }
-    return float(value.detach()), grad.reshape(b_, t_, -1), by_term
+    return float(value.detach()), grad.reshape(b_, t_, z_NV.shape[-1]), by_term
 
 
 def _rows(x: Tensor, batch: Batch) -> Tensor:
@@ -320,7 +320,9 @@ class Evaluator:
         """0 / 0 = 0: an entry that neither side has (padding) weighs nothing."""
         a, b = self._align(n, *xs)
         nothing = (a == 0) & (b == 0)
-        return torch.where(nothing, torch.zeros_like(b), a / torch.where(nothing, torch.ones_like(b), b))
+        return torch.where(
+            nothing, torch.zeros_like(b), a / torch.where(nothing, torch.ones_like(b), b)
+        )
 
     def _neg(self, n: Node, x: Tensor) -> Tensor:
         return -x
@@ -534,7 +536,7 @@ def _routed_lists(d: RoutedDist, batch: Batch) -> SparseDist:
     for p in d.parts:
         if not isinstance(p, SparseDist):
             lp = torch.log_softmax(_dense64(p, ""), -1)
-            values, ids = lp.sort(1, descending=True, stable=True)
+            values, ids = lp.sort(dim=1, descending=True, stable=True)
             y = lp.gather(1, batch.tokens_N[:, None]).squeeze(1)
             p = SparseDist(ids, values, y)
         parts.append(p)

@@ -104,9 +104,7 @@ def lower(spec: Spec) -> Program:
 
 def _row(b: Builder, spec: Spec, term: Term) -> Row:
     loss = expand_tails(b, term.loss)
-    term = replace(
-        term, gate=expand_tails(b, term.gate), weight=expand_tails(b, term.weight)
-    )
+    term = replace(term, gate=expand_tails(b, term.gate), weight=expand_tails(b, term.weight))
     a = scale(b, spec.aggregate, term.gate)
     factor = b.mul(b.mul(a, term.weight), term.gate)
     return Row(term, a, b.mul(lift_token(b, loss), factor))

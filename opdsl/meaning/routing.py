@@ -148,9 +148,7 @@ def _counterfactual(
             helps=["toward = T[v] - student[v]"],
         )
     share = _real_entries(el, among, b.sg(raw))
-    rho = b.exp(
-        normalized(el, domain, share, tree.Reduce(e.func, _ident(e), e, e, e.span)).logp
-    )
+    rho = b.exp(normalized(el, domain, share, tree.Reduce(e.func, _ident(e), e, e, e.span)).logp)
     strength = el.number(args["strength"], env)
     if not compatible_units(strength.q.unit, "nats"):
         el.fail(

@@ -87,7 +87,9 @@ def visits(w: Tree, logits_SV: Tensor) -> Tensor:
     """d(s) [S]: probability that a response passes through each state."""
     p_SV = torch.softmax(logits_SV, -1)
     out = [torch.ones((), dtype=p_SV.dtype)]
-    parent = {int(c): (s, v) for s, row in enumerate(w.next_SV) for v, c in enumerate(row) if c >= 0}
+    parent = {
+        int(c): (s, v) for s, row in enumerate(w.next_SV) for v, c in enumerate(row) if c >= 0
+    }
     for s in range(1, len(w.prefixes)):
         above, v = parent[s]
         out.append(out[above] * p_SV[above, v])

@@ -228,7 +228,9 @@ class Writer:
         )
         how = self.pick("sum", "sum", "sum", "mean", "max", "min")
         self.features.add(f"reduce {how}")
-        over = self.pick("support", "support", "support", lambda: f"{{u in support: {self.filter('u')}}}")
+        over = self.pick(
+            "support", "support", "support", lambda: f"{{u in support: {self.filter('u')}}}"
+        )
         return f"{how}({v} in {over}: {body})"
 
     def filter(self, v: str) -> str:
@@ -418,7 +420,9 @@ class Writer:
         if kind == "local":
             if self.full and self.chance(0.5):
                 return f"local(KL({t} || student), {self.support(self.pick('bin', 'renormalize'))})"
-            return f"local({self.pick('TV', 'hellinger') if self.detached else 'KL'}({t} || student))"
+            return (
+                f"local({self.pick('TV', 'hellinger') if self.detached else 'KL'}({t} || student))"
+            )
         if kind != "counterfactual":
             return kind
         where = "full" if self.full and self.chance(0.2) else "support"
@@ -493,7 +497,9 @@ class Writer:
                     f"max(v in top(3, of = {t}): if v == y then 1 else 0) > 0"),
             ]  # fmt: skip
         if reward:
-            options.append(lambda: self.use("gate sign", self.pick("A > 0", "A < 0", "not (A == 0)")))
+            options.append(
+                lambda: self.use("gate sign", self.pick("A > 0", "A < 0", "not (A == 0)"))
+            )
         return self.r.choice(options)()
 
     def weight(self, reward: bool) -> str:
@@ -522,7 +528,7 @@ class Writer:
             options += [
                 lambda: self.use("weight entropy", f"entropy({self.pick(t, 'student')})"),
                 lambda: self.use("weight entropy",
-                    f"entropy(student) / (0.1 + max(i in group: entropy(student)))"),
+                    "entropy(student) / (0.1 + max(i in group: entropy(student)))"),
                 lambda: self.use("weight live coupled",
                     "live(entropy(student) / (0.5 + mean(entropy(student))))"),
                 lambda: self.use("weight overlap", f"overlap({t}, student, k = 2)"),
@@ -537,7 +543,11 @@ class Writer:
         if self.has_support and not self.sampled_only:
             options.append(lambda: self.use("weight mass", "mass(student)"))
         if reward:
-            options.append(lambda: self.use("weight ppo_clip", f"ppo_clip(student, rollout, eps = {self.num(0.1, 0.4)})"))
+            options.append(
+                lambda: self.use(
+                    "weight ppo_clip", f"ppo_clip(student, rollout, eps = {self.num(0.1, 0.4)})"
+                )
+            )
         return self.r.choice(options)()
 
     # -- whole methods -------------------------------------------------------------------------------
@@ -583,7 +593,11 @@ class Writer:
             lambda: self.use("regularize entropy", "-linear(0.1 -> 0 over run) * entropy(student)"),
             lambda: self.use("regularize outcome", "0.3 * outcome"),
             lambda: self.use("regularize sft", "0.1 * sft(data = golden)"),
-            lambda: self.use("regularize support", f"0.1 * TV(student || {t})") if self.full else "0.3 * outcome",
+            lambda: (
+                self.use("regularize support", f"0.1 * TV(student || {t})")
+                if self.full
+                else "0.3 * outcome"
+            ),
         )
 
 
@@ -614,7 +628,9 @@ def spec(seed: int) -> Text:
                 used = r.choice(sorted(USES))
                 w.features.add("term use")
                 imports.append(f'import "./{used}.opd" ({used})')
-                given = f"T = {name}, " if USES[used].count(",") or "=" in USES[used] else f"T = {name}"
+                given = (
+                    f"T = {name}, " if USES[used].count(",") or "=" in USES[used] else f"T = {name}"
+                )
                 call = USES[used].format(given=given)
                 terms.append(f"  term part{i} = {call}")
                 w.has_support = False
@@ -641,7 +657,7 @@ def spec(seed: int) -> Text:
         who = ("left", "right")
         teachers = [
             '  teacher left = external(access = logits) when prompt.domain == "math"',
-            f'  teacher right = external(access = logits){r.choice((" when prompt.domain == " + chr(34) + "code" + chr(34), ""))}',
+            f"  teacher right = external(access = logits){r.choice((' when prompt.domain == ' + chr(34) + 'code' + chr(34), ''))}",
             f"  let {name} = routed(left, right)",
         ]
     else:
@@ -674,8 +690,8 @@ def compiled(text: str) -> Method:
         try:
             return opdsl.compile(text)
         except CompileError as error:
-            names = {d.slug for d in error.diagnostics if d.code[3] == "3"} - allowed
-            if not names:
+            names = {d.slug for d in error.diagnostics if d.code[3] == "3"}
+            if not names - allowed:
                 raise
             allowed |= names
             allows = "".join(f'  allow {n} "generated"\n' for n in sorted(names))

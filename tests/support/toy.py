@@ -27,7 +27,9 @@ def method(body: str, defs: str = "", access: str = "logits", group: int = 1) ->
     )
 
 
-def reward(signal: str, credit: str = "immediate", more: str = "", defs: str = "", **rest) -> Method:
+def reward(
+    signal: str, credit: str = "immediate", more: str = "", defs: str = "", **rest
+) -> Method:
     body = f"support sampled\nfeedback reward {signal}\ncredit {credit}\n{more}"
     return method(body, defs, **rest)
 
