@@ -127,12 +127,12 @@ class Compilation:
         if self.spec is not None and not self.report.failed:
             from opdsl.passport.bias import boundaries
 
-            boundaries(self.spec, self.program, self.report)
+            boundaries(self.spec, self.report)
             self._apply_overrides()
         return tuple(sorted(self.report.items, key=_order))
 
     def _apply_overrides(self) -> None:
-        from opdsl.passport.bias import apply_acceptances
+        from opdsl.passport.acceptance import apply_acceptances
 
         assert self.spec is not None
         apply_acceptances(self.spec, self.report)

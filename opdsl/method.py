@@ -56,7 +56,9 @@ class Method:
     @property
     def gae(self) -> tuple[float, float] | None:
         """(γ, λ) of the critic's targets, for methods that read a critic."""
-        return next((t.gae for t in self.spec.terms if t.gae), None) if self.spec.critics else None
+        from opdsl.passport.returns import critic_targets
+
+        return critic_targets(self.spec)
 
     @cached_property
     def passport(self) -> dict[str, Any]:

@@ -38,10 +38,6 @@ class Source:
         end = self.text.find("\n", start)
         return self.text[start : len(self.text) if end < 0 else end].rstrip("\r")
 
-    @property
-    def line_count(self) -> int:
-        return len(self.line_starts)
-
 
 @dataclass(frozen=True, slots=True)
 class Span:

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,5 +22,21 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    import torch
+
+    torch.set_num_threads(1)  # two spinning threads make tiny models ten times slower
     if config.getoption("--regenerate"):
         os.environ["OPDSL_UPDATE_GOLDEN"] = "1"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Settings that bind a tiny student and teacher on the task `chain`."""
+    from support.models import tiny
+
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "student": tiny(root / "student", 0),
+        "teachers": {"T": tiny(root / "teacher", 1)},
+        "task": "chain",
+    }

@@ -1,9 +1,9 @@
 """A small stand-in for a compiled method, so that the trainer is tested on its own.
 
 `FakeMethod("reverse")` is KL(student || T) at every state, averaged over the tokens of the
-batch; `FakeMethod("returns")` is a score function on the return-to-go of the log-ratio (with
-an optional critic), averaged likewise. Both keep the contract of `opdsl.Batch` and
-`Method.loss`, splitting included.
+batch; `FakeMethod("returns")` is a score function on the return-to-go of the log-ratio,
+averaged likewise. Both keep the contract of `opdsl.Batch` and
+`Method.loss`, splitting included. Critics need a compiled method: see `with_critic`.
 """
 
 from __future__ import annotations
@@ -71,9 +71,6 @@ class FakeLoss(torch.nn.Module):
     def prepare(self, parts):
         return [None] * len(parts)
 
-    def reward(self, batch):
-        return self._ratio(batch)
-
     @staticmethod
     def _ratio(batch):
         teacher = next(iter(batch.teacher_logits.values())).log_softmax(-1)
@@ -88,8 +85,6 @@ class FakeLoss(torch.nn.Module):
             each = (logp.exp() * (logp - logq)).sum(-1)
         else:
             credit = self._ratio(batch).flip(-1).cumsum(-1).flip(-1)
-            if batch.values is not None:
-                credit = credit - batch.values[:, :-1]
             at_y = logp.gather(-1, batch.tokens.unsqueeze(-1)).squeeze(-1)
             each = -credit.detach() * at_y
         each = torch.where(batch.mask, each, 0.0)
@@ -141,14 +136,14 @@ class FakeMethod:
         self.spec = Spec(f"fake_{kind}", **spec)
         self.name = self.spec.name
         self.loss = FakeLoss(kind)
-        self.gae = (1.0, 0.95) if self.spec.critics else None
+        self.gae = None
         self.needs = SimpleNamespace(
             teachers={t.name: t.access for t in self.spec.teachers},
             initial=False,
             rollout=True,
             outcome=False,
             group=False,
-            values=tuple(c.name for c in self.spec.critics),
+            values=(),
             special=False,
             golden=False,
             prompt_fields=(),
@@ -162,3 +157,21 @@ class FakeMethod:
 
 def run_block(**settings):
     return SimpleNamespace(name="real", method="fake_reverse", settings=settings, sweeps={})
+
+
+def with_critic(warmup):
+    """A compiled method whose advantage reads a critic."""
+    import opdsl
+
+    return opdsl.compile(f"""opd 1
+method critic_returns {{
+  accept    value_drift "a test"
+  state     rollouts(student)
+  teacher   T = external(access = sampled)
+  support   sampled
+  feedback  reward logratio(T, rollout)
+  let V : nats per token = critic(init = student, lr = 1e-3, warmup = {warmup} steps)
+  credit    gae(V = V, gamma = 1, lam = 0.95)
+  aggregate mean(over = tokens)
+}}
+""")

@@ -153,3 +153,26 @@ def test_a_run_block_may_bind_an_imported_method():
     source = 'opd 1\nimport "./gkd.opd" (gkd)\nrun small of gkd {\n  student = "models/tiny"\n  seed = 3\n}\n'
     spec = opdsl.compile(source).spec
     assert spec.name == "gkd" and spec.runs["small"].settings == {"student": "models/tiny", "seed": 3}
+
+
+def test_a_critic_is_trained_on_what_the_rule_computes_whatever_its_names():
+    rule = """
+def mine(r : nats per token, w : nats per token, g : real, l : real) : nats per token {
+  X[t] = r[t] + g * w[t + 1] - w[t] + g * l * X[t + 1]
+  return X
+}
+method m {
+  state     rollouts(student)
+  teacher   T = external(access = sampled)
+  support   sampled
+  feedback  reward logratio(T, rollout)
+  let V : nats per token = critic(init = student)
+  credit    mine(w = V, g = 0.9, l = 0.5)
+  aggregate mean(over = tokens)
+}
+"""
+    gamma, lam = opdsl.compile("opd 1\n" + rule).gae
+    assert gamma == pytest.approx(0.9) and lam == pytest.approx(0.5)
+    baseline = rule.replace("mine(w = V, g = 0.9, l = 0.5)", "return_to_go(baseline = value(V))")
+    assert opdsl.compile("opd 1\n" + baseline).gae == (1.0, 1.0)
+    assert opdsl.load("gkd").gae is None

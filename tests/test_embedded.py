@@ -298,11 +298,6 @@ def test_verifier_failures_are_errors():
     assert numeric("1" * 99_999, "1").score == 0.0
     with pytest.raises(KeyError, match="exact, numeric, text"):
         verify.get_verifier("exakt")
-    task = get_task("chain")
-    prompts = task.prompts(0, 0, 3)
-    assert verify.verify_embedded(task, prompts, [p.golden for p in prompts]) == [1.0] * 3
-    with pytest.raises(ValueError, match="3 prompts but 0"):
-        verify.verify_embedded(task, prompts, [])
 
 
 # ---- what the tasks separate (slow: builds models, trains for a few minutes) -----------

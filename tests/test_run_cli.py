@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from click.testing import CliRunner
+from support.models import tiny
 
-torch = pytest.importorskip("torch")
-torch.set_num_threads(1)
-
-from click.testing import CliRunner  # noqa: E402
-from test_trainer import tiny  # noqa: E402
-
-from opdsl.cli import cli  # noqa: E402
-from opdsl.train.rows import parse_row  # noqa: E402
+from opdsl.cli import cli
+from opdsl.train.rows import parse_row
 
 SPEC = """opd 1
 method full_kl "KL at every state" {

@@ -51,7 +51,6 @@ def value(expression: str) -> tree.Expr:
 
 
 def test_strict_mode_finds_no_conflict():
-    pytest.importorskip("interegular")
     grammar.lark_parser(resources.grammar_text(), strict=True)
 
 

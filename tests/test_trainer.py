@@ -13,56 +13,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from fake_method import FakeBatch, FakeMethod, State, TeacherDecl, run_block, with_critic
+from support.models import tiny
 
-torch = pytest.importorskip("torch")
-torch.set_num_threads(1)
-
-from fake_method import FakeBatch, FakeMethod, State, TeacherDecl, run_block  # noqa: E402
-
-import opdsl  # noqa: E402
-from opdsl.train import critic, models, streams  # noqa: E402
-from opdsl.train.errors import GuardStop, RunProblem  # noqa: E402
-from opdsl.train.loop import train  # noqa: E402
-from opdsl.train.metrics import read_lines  # noqa: E402
-from opdsl.train.plan import make_plan  # noqa: E402
-from opdsl.train.settings import Recipe, RunSettings, parse_optimize, recipe_for  # noqa: E402
+import opdsl
+from opdsl.train import critic, models, streams
+from opdsl.train.errors import GuardStop, RunProblem
+from opdsl.train.loop import train
+from opdsl.train.metrics import read_lines
+from opdsl.train.plan import make_plan
+from opdsl.train.settings import Recipe, RunSettings, parse_optimize, recipe_for
 
 
 @pytest.fixture(autouse=True)
 def fake_batch(monkeypatch):
     monkeypatch.setattr(opdsl, "Batch", FakeBatch, raising=False)
-
-
-def tiny(folder, seed, vocab=44, layers=1):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    torch.manual_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "student": tiny(root / "student", 0),
-        "teachers": {"T": tiny(root / "teacher", 1)},
-        "task": "chain",
-    }
 
 
 def settings(tmp_path, pair, **more):
@@ -326,9 +292,9 @@ def test_lambda_returns_against_the_definition():
 CRITIC = SimpleNamespace(name="V", init="student", lr=1e-2, warmup=4)
 
 
-def test_the_student_waits_for_its_critic(tmp_path, pair):
-    method = FakeMethod("returns", critics=(CRITIC,))
-    train(method, settings(tmp_path, pair, steps=2))
+def test_the_student_waits_for_its_critic(tmp_path, pair, monkeypatch):
+    monkeypatch.delattr(opdsl, "Batch")  # a compiled method reads a real batch
+    train(with_critic(warmup=4), settings(tmp_path, pair, steps=2))
     records = read_lines(tmp_path / "out" / "metrics.jsonl")
     warm = [r for r in records if r["step"] <= 0]
     assert [r["step"] for r in records] == [-3, -2, -1, 0, 1, 2]

@@ -16,10 +16,10 @@ def list_(what: str, format_: str) -> None:
     if format_ == "json":
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
+    import sys
+
     from rich.console import Console
     from rich.table import Table
-
-    import sys
 
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(rows[0] if rows else ()):

@@ -90,7 +90,7 @@ def run(
         if as_json:
             click.echo(json.dumps(summary.to_json(), indent=1))
         else:
-            click.echo("\n".join(closing_lines(summary, spec, settings.task is not None)))
+            click.echo("\n".join(closing_lines(summary, spec)))
 
 
 def prepare(spec: str, assignments: tuple[str, ...], options: dict[str, Any]):

@@ -141,10 +141,6 @@ def atoms_of(a: Poly) -> list[Atom]:
     return sorted({x for m in a for x, _ in m}, key=lambda x: x.order)
 
 
-def is_one(a: Poly) -> bool:
-    return len(a) == 1 and UNIT in a and abs(a[UNIT] - 1) < 1e-13
-
-
 def thaw(dist: Dist) -> Dist:
     """Without stop-gradient marks."""
     if dist[0] == "leaf":

@@ -18,7 +18,6 @@ from opdsl.meaning.node import Node
 from opdsl.meaning.spec import Term
 
 STEP = "∂L/∂z = (Σ_v c) π_θ − c"
-STEP_LATEX = r"\frac{\partial L}{\partial z} = \left(\sum_v c\right) \pi_\theta - c"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from opdsl.meaning import values as vl
 from opdsl.meaning.builtins import lift
-from opdsl.meaning.graph import static_value
 from opdsl.meaning.infer import Elaborator, Env
 from opdsl.meaning.names import closest
 from opdsl.meaning.node import Node
@@ -18,7 +17,6 @@ class Credited:
     advantage: Node
     credit: str  # as written
     baseline: str | None
-    gae: tuple[float, float] | None
 
 
 def shaped(el: Elaborator, e: tree.Expr, env: Env, signal: Node) -> Node:
@@ -58,7 +56,7 @@ def credited(el: Elaborator, e: tree.Expr, env: Env, signal: Node) -> Credited:
                 )
         else:
             name = None
-    return Credited(credit, e.span.text.strip(), name, _gae(el, rule, env))
+    return Credited(credit, e.span.text.strip(), name)
 
 
 def _baseline_support(el: Elaborator) -> vl.Domain | None:
@@ -123,16 +121,3 @@ def _takes_signal(env: Env, name: str) -> bool:
         return False
     first = found[0].params[0]
     return first.type is not None and first.type.unit == "nats" and first.type.axes == ("token",)
-
-
-def _gae(el: Elaborator, e: tree.Expr, env: Env) -> tuple[float, float] | None:
-    """(γ, λ) of the critic's λ-return targets, where the rule names them; (1, 1) otherwise."""
-    if not isinstance(e, tree.Call):
-        return None
-    out = {"gamma": 1.0, "lam": 1.0}
-    for a in e.args:
-        if isinstance(a, tree.Arg) and a.name in out:
-            value = static_value(el.number(a.value, env))
-            if value is not None:
-                out[a.name] = value
-    return out["gamma"], out["lam"]

@@ -30,6 +30,11 @@ def dists_below(roots: Iterable[Node]) -> tuple[str, ...]:
     return tuple(sorted(names - {"student"}))
 
 
+def reads(node: Node, name: str) -> bool:
+    """Whether a value depends on an input of the batch."""
+    return any(n.op == "input" and n.attr("name") == name for n in nodes_below([node]))
+
+
 def static_value(node: Node) -> float | None:
     """The number a node stands for before any batch, or None."""
     if node.value is not None:

@@ -105,7 +105,6 @@ COUPLING_OPS = frozenset(
         "quantile_b",
     }
 )
-BOOL_OPS = frozenset({"lt", "le", "eq", "and", "or", "not", "is_y", "in_set"})
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -161,7 +161,6 @@ class Term:
     rows: str = "main"  # "golden": measured on sequences(golden)
     spans: Mapping[str, Span] = dict  # type: ignore[assignment]
     written: Mapping[str, str] = dict  # type: ignore[assignment]
-    gae: tuple[float, float] | None = None
 
 
 @record

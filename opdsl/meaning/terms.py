@@ -8,7 +8,7 @@ from opdsl.diagnostics import Label
 from opdsl.meaning import values as vl
 from opdsl.meaning.credit import credited, shaped
 from opdsl.meaning.flatten import Scoped
-from opdsl.meaning.graph import dists_below, nodes_below
+from opdsl.meaning.graph import dists_below, nodes_below, reads
 from opdsl.meaning.infer import Elaborator, Env, Stop
 from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import Axis
@@ -229,7 +229,6 @@ def _by_route(
         "advantage": advantage,
         "credit": result.credit,
         "baseline": result.baseline,
-        "gae": result.gae,
     }
     if routing is None:
         return score(el, advantage), {**extra, "routing": Routing("suppress")}
@@ -412,7 +411,7 @@ def _regularizer_loss(el: Elaborator, section: tree.Section, value: Node) -> Nod
         )
     if value.q.live:
         return value
-    if value.q.axis >= Axis.SEQ and ("reward" in value.q.unit or _reads(value, "outcome")):
+    if value.q.axis >= Axis.SEQ and ("reward" in value.q.unit or reads(value, "outcome")):
         return value
     el.fail(
         "OPD308",
@@ -422,7 +421,3 @@ def _regularizer_loss(el: Elaborator, section: tree.Section, value: Node) -> Nod
         helps=["regularize 0.01 * KL(student || initial)", "regularize 0.5 * outcome"],
     )
     raise Stop
-
-
-def _reads(node: Node, name: str) -> bool:
-    return any(n.op == "input" and n.attr("name") == name for n in nodes_below([node]))

@@ -6,23 +6,24 @@ looks at the name of a method or of a definition.
 
 from __future__ import annotations
 
-from opdsl.codes import CODES, make
-from opdsl.diagnostics import Diagnostic, Label, Report, Severity
+from opdsl.codes import make
+from opdsl.diagnostics import Label, Report
 from opdsl.ir.derive import cotangents
-from opdsl.ir.program import Program
-from opdsl.meaning.graph import dists_below, nodes_below, static_value
+from opdsl.meaning.graph import dists_below, nodes_below, reads
 from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import INF, Info
 from opdsl.meaning.spec import Spec, Term
+from opdsl.passport.returns import Credit, credit_of
+from opdsl.passport.whole import regularizers, states
 from opdsl.source import Span
 
 
-def boundaries(spec: Spec, program: Program | None, report: Report) -> None:
+def boundaries(spec: Spec, report: Report) -> None:
     """Adds every boundary a specification crosses."""
     for term in spec.terms:
         _Term(spec, term, report).run()
-    _states(spec, report)
-    _regularizers(spec, report)
+    states(spec, report)
+    regularizers(spec, report)
 
 
 # ---- one term -------------------------------------------------------------------------------------
@@ -111,9 +112,9 @@ class _Term:
         ):
             return
         if (
-            _reads(term.gate, "outcome")
-            or _reads(term.weight, "outcome")
-            or _reads(term.loss, "outcome")
+            reads(term.gate, "outcome")
+            or reads(term.weight, "outcome")
+            or reads(term.loss, "outcome")
         ):
             return
         self.add(
@@ -172,32 +173,15 @@ class _Term:
         term = self.term
         assert term.advantage is not None and term.signal is not None
         a, r = term.advantage, term.signal
-        below = nodes_below([a])
-        critic = any(n.op == "input" and n.attr("name") == "values" for n in below)
-        over_time = [n for n in below if n.op in ("scan", "shift", "sum_t") and _below(n, r)]
-        span = self.span("credit", "feedback")
         if r.q.info <= Info.STATE and r.value is None:
-            self._state_signal(a, span)
+            self._state_signal(a, self.span("credit", "feedback"))
             return
         self._mismatch()
-        if not over_time and not critic:
-            self.add(
-                "OPD501",
-                span,
-                "immediate credit follows the token-level KL, not the sequence-level KL",
-                "bias boundary: every later log-ratio is dropped",
-                notes=[
-                    "what you minimise: the divergence at the visited states, states held fixed",
-                    "what you leave out: how the token y_t changes the states that follow",
-                    'a known trade for lower variance; say so with  accept immediate_credit "…"',
-                ],
-                helps=["credit return_to_go", 'accept immediate_credit "why"'],
-            )
-        else:
-            self._over_time(over_time, critic, span)
-        if any(n.op in ("group_sum", "position_sum") for n in below):
-            self._self_baseline(below)
-        self._length(bool(over_time), below)
+        credit = credit_of(term)
+        self._credit(credit)
+        self._self_baseline(nodes_below([a]))
+        if credit.kind not in ("immediate", "full"):
+            self._length()
 
     def _state_signal(self, a: Node, span: Span) -> None:
         if a.q.info <= Info.STATE:
@@ -221,41 +205,49 @@ class _Term:
                 helps=["feedback reward logratio(T, rollout)", 'accept occupancy_only "why"'],
             )
 
-    def _over_time(self, over_time: list[Node], critic: bool, span: Span) -> None:
-        rates = [static_value(n.args[1]) for n in over_time if n.op == "scan"]
-        known = [x for x in rates if x is not None]
-        if critic:
-            if not rates or any(x < 1 for x in known) or len(known) < len(rates):
-                self.add(
-                    "OPD509",
-                    span,
-                    "with lam or gamma below 1 the critic's error is the bias",
-                    "bias = (1 - lam) × the critic's error at later states",
-                    helps=[
-                        "lam = 1 is unbiased for any critic",
-                        'accept value_drift "the report prints its explained variance"',
-                    ],
-                )
-            return
-        if any(0 < x < 1 for x in known):
-            rate = next(x for x in known if 0 < x < 1)
+    def _credit(self, credit: Credit) -> None:
+        """What the rule of credit leaves out (T3, T4, T10 and theory §8.2)."""
+        span = self.span("credit", "feedback")
+        if credit.kind == "immediate":
+            self.add(
+                "OPD501",
+                span,
+                "immediate credit follows the token-level KL, not the sequence-level KL",
+                "bias boundary: every later log-ratio is dropped",
+                notes=[
+                    "what you minimise: the divergence at the visited states, states held fixed",
+                    "what you leave out: how the token y_t changes the states that follow",
+                    'a known trade for lower variance; say so with  accept immediate_credit "…"',
+                ],
+                helps=["credit return_to_go", 'accept immediate_credit "why"'],
+            )
+        elif credit.kind == "gae" and not (credit.gamma == 1 and credit.lam == 1):
+            self.add(
+                "OPD509",
+                span,
+                "with lam or gamma below 1 the critic's error is the bias",
+                "bias = (1 - lam) × the critic's error at later states",
+                helps=[
+                    "lam = 1 is unbiased for any critic",
+                    'accept value_drift "the report prints its explained variance"',
+                ],
+            )
+        elif credit.kind == "discounted":
             self.add(
                 "OPD506",
                 span,
                 "a discounted return is the gradient of no objective",
-                f"gamma = {rate:g}: biased for the sequence-level and for the token-level KL",
+                f"gamma = {credit.gamma:g}: biased for the sequence-level and for the token-level KL",
                 helps=[
                     "gamma = 1 is the sequence objective, immediate credit the token-level one",
                     'accept discounted_target "why"',
                 ],
             )
-        later = [n for n in over_time if n.op == "shift" and int(n.attr("n")) > 1]  # type: ignore[call-overload]
-        if later:
-            n = int(later[0].attr("n"))  # type: ignore[call-overload]
+        elif credit.kind == "window":
             self.add(
                 "OPD527",
                 span,
-                f"a window of {n} tokens drops what happens after it",
+                f"a window of {credit.tokens} tokens drops what happens after it",
                 "between the token-level and the sequence-level objective",
                 helps=["credit return_to_go keeps everything", 'accept truncated_return "why"'],
             )
@@ -271,11 +263,8 @@ class _Term:
             helps=["baseline = leave_one_out", 'accept baseline_includes_self "why"'],
         )
 
-    def _length(self, over_time: bool, below: list[Node]) -> None:
-        if self.spec.aggregate not in ("sequences", "response_length") or not over_time:
-            return
-        full = any(n.op == "sum_t" for n in below) and not any(n.op == "scan" for n in below)
-        if full:
+    def _length(self) -> None:
+        if self.spec.aggregate not in ("sequences", "response_length"):
             return
         self.add(
             "OPD318",
@@ -292,7 +281,7 @@ class _Term:
         )
 
     def _mismatch(self) -> None:
-        if _reads(self.term.weight, "rollout_logp"):
+        if reads(self.term.weight, "rollout_logp"):
             return
         for s in self.spec.states:
             if s.kind == "rollouts" and s.policy == "old":
@@ -329,11 +318,11 @@ class _Term:
         if routing.kind != "counterfactual":
             return
         assert routing.candidates is not None and routing.strength is not None
-        reads = nodes_below([routing.candidates])
+        below = nodes_below([routing.candidates])
         teacher = any(
             n.op == "logp" and n.attr("dist") not in ("student", "initial") for n in reads
         )
-        student = any(n.op == "logp" and n.attr("dist") == "student" for n in reads)
+        student = any(n.op == "logp" and n.attr("dist") == "student" for n in below)
         if not (teacher and student):
             missing = "teacher" if not teacher else "student"
             self.add(
@@ -434,14 +423,6 @@ def _tilt(s) -> str:
     return "the sampler: " + ", ".join(parts)
 
 
-def _below(node: Node, root: Node) -> bool:
-    return any(n is root for n in nodes_below([node]))
-
-
-def _reads(node: Node, name: str) -> bool:
-    return any(n.op == "input" and n.attr("name") == name for n in nodes_below([node]))
-
-
 def _deficit_guard(mask: Node) -> bool:
     """A conjunct student[v] < teacher[v] (in probability or log-probability)."""
     stack, conjuncts = [mask], []
@@ -480,93 +461,3 @@ def _value_leaf(root: Node, leaf: Node) -> bool:
         seen.add(n.id)
         stack += n.args
     return False
-
-
-# ---- whole methods ----------------------------------------------------------------------------------
-
-
-def _states(spec: Spec, report: Report) -> None:
-    """Sampled-token rewards on text the student did not write (R09)."""
-    foreign = [
-        s for s in spec.states if s.kind == "sequences" or s.policy not in ("student", "old")
-    ]
-    for term in spec.feedback_terms:
-        if term.route != "reward" or not foreign or _reads(term.weight, "rollout_logp"):
-            continue
-        s = foreign[0]
-        report.add(
-            make(
-                "OPD316",
-                term.spans.get("feedback", spec.span),
-                "a sampled-token reward on text the student did not sample estimates another objective",
-                "reads the sampled token as if the student had drawn it",
-                secondary=[Label(s.span, f"text from {s.policy}")],
-                notes=["under other text the mean of log student - log T is not KL(student || T)"],
-                helps=["feedback loss KL(T || student)", "state rollouts(student)"],
-            )
-        )
-
-
-def _regularizers(spec: Spec, report: Report) -> None:
-    feedback = [t for t in spec.feedback_terms]
-    imitates = any(t.teachers for t in feedback)
-    for term in spec.terms:
-        if term.kind != "regularizer" or not imitates:
-            continue
-        if term.route == "sft":
-            if any(s.kind == "rollouts" for s in spec.states):
-                report.add(
-                    make(
-                        "OPD523",
-                        term.spans["regularize"],
-                        "given text and own rollouts are two different averages",
-                        "this term is averaged over its own rows",
-                        helps=['accept two_estimands "why"'],
-                    )
-                )
-        elif term.route == "loss":
-            report.add(
-                make(
-                    "OPD515",
-                    term.spans["regularize"],
-                    "this regularizer moves the target away from the teacher",
-                    "the minimiser is no longer the teacher",
-                    helps=['accept target_shift "why"'],
-                )
-            )
-
-
-# ---- accept and allow --------------------------------------------------------------------------------
-
-
-def apply_acceptances(spec: Spec, report: Report) -> None:
-    """Marks what was accepted; reports acceptances of this file that accept nothing."""
-    used: set[int] = set()
-    items: list[Diagnostic] = []
-    for d in report.items:
-        hit = None
-        for i, a in enumerate(spec.acceptances):
-            if _covers(a.keyword, a.rule, d):
-                used.add(i)
-                hit = hit or a
-        items.append(d.with_override(hit.reason) if hit is not None else d)
-    for i, a in enumerate(spec.acceptances):
-        if i in used or a.inherited:
-            continue
-        items.append(
-            make(
-                "OPD118",
-                a.span,
-                f"nothing here needs `{a.keyword} {a.rule}`",
-                "this boundary is not crossed",
-                helps=["remove the line"],
-            )
-        )
-    report.items[:] = items
-
-
-def _covers(keyword: str, rule: str, d: Diagnostic) -> bool:
-    if keyword == "accept" and d.severity is Severity.ERROR:
-        return False
-    named = {d.code, d.slug, CODES[d.code].rule}
-    return rule in named and d.code[3] in "2345"

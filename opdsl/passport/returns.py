@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from opdsl.meaning.graph import nodes_below, static_value
 from opdsl.meaning.node import Node
-from opdsl.meaning.spec import Term
+from opdsl.meaning.spec import Spec, Term
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,28 @@ def credit_of(term: Term) -> Credit:
     if shifts == [1] and not bare:
         return Credit("future")
     return Credit("window", 1.0, None, max(shifts)) if bare else Credit("other", None)
+
+
+def critic_term(spec: Spec) -> Term | None:
+    """The term whose advantage reads a critic."""
+    for term in spec.feedback_terms:
+        below = nodes_below([term.advantage]) if term.advantage is not None else []
+        if any(n.op == "input" and n.attr("name") == "values" for n in below):
+            return term
+    return None
+
+
+def critic_targets(spec: Spec) -> tuple[float, float] | None:
+    """(γ, λ) of the returns a critic is trained on, read off the advantage that uses it.
+
+    However the rule spells them; a critic that is only a baseline predicts the plain return.
+    """
+    term = critic_term(spec)
+    if term is None:
+        return None
+    credit = credit_of(term)
+    gamma = 1.0 if credit.gamma is None else credit.gamma
+    return gamma, (1.0 if credit.lam is None else credit.lam)
 
 
 def _slope(delta: Node) -> float | None:

@@ -45,13 +45,6 @@ class Accuracy:
             "errors": self.errors,
         }
 
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Accuracy:
-        n = record["judged"]
-        low, high = record["interval"]
-        right = (record["accuracy"] or 0.0) * n
-        return cls(right, n, low, high, record["length"], record["finished"], record["errors"])
-
 
 def wilson(right: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion; (0, 1) without observations.

@@ -90,7 +90,7 @@ def _interval(record: dict[str, Any]) -> str:
     return f"{low:.1%} – {high:.1%}"
 
 
-def closing_lines(summary, spec: str, task_given: bool) -> list[str]:
+def closing_lines(summary, spec: str) -> list[str]:
     """About ten lines for the end of `opdsl run`. `spec`: the file or name as typed."""
     seconds = summary.seconds
     lines = [

@@ -19,21 +19,18 @@ class Rewards:
     """Evaluates the signal of a method's reward term. Raises LookupError if it has none."""
 
     def __init__(self, method: Any):
-        self.own = getattr(method.loss, "reward", None)
-        if self.own is not None:
-            return
         from opdsl.emit.module import emit, key
         from opdsl.emit.runtime import LossModule
         from opdsl.ir.derive import strip
         from opdsl.ir.program import Part, Program, lift_token
         from opdsl.meaning.quantity import Axis
+        from opdsl.passport.returns import critic_term
 
-        terms = [t for t in method.spec.terms if t.signal is not None]
-        chosen = [t for t in terms if t.gae is not None] or terms
-        if not chosen:
+        term = critic_term(method.spec)
+        if term is None or term.signal is None:
             raise LookupError(f"{method.name} has a critic and no reward for it to predict")
         builder = method.program.builder
-        signal = lift_token(builder, strip(builder, chosen[0].signal))
+        signal = lift_token(builder, strip(builder, term.signal))
         quantity = signal.q.with_(axis=Axis.CONST, low=float("-inf"), high=float("inf"))
         total = lift_token(builder, builder.make("sum_b", (signal,), quantity))
         program = Program(method.spec, (Part("main", (), total, ()),))
@@ -43,8 +40,6 @@ class Rewards:
     @torch.no_grad()
     def __call__(self, batch: Any, mask_BT: torch.Tensor) -> torch.Tensor:
         """Rewards [B, T] in nats, 0 outside the mask."""
-        if self.own is not None:
-            return torch.where(mask_BT, self.own(batch), 0.0)
         (context,) = self.module.prepare([batch])
         reward_N = context.imports["main"].get(self.key)
         if reward_N is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
@@ -75,16 +75,6 @@ def get_verifier(name: str) -> Verifier:
 def names() -> tuple[str, ...]:
     """Names of the registered verifiers, sorted."""
     return tuple(sorted(_REGISTRY))
-
-
-def verify_embedded(task, prompts: Sequence, responses: Sequence[Sequence[int]]) -> list[float]:
-    """Scores of an embedded task's own verifier, one per response (token ids).
-
-    Raises ValueError if there is not one response per prompt.
-    """
-    if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
-    return [task.verify(prompt, response) for prompt, response in zip(prompts, responses)]
 
 
 # ---- the built-in verifiers ------------------------------------------------------------
