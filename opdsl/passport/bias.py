@@ -320,7 +320,7 @@ class _Term:
         assert routing.candidates is not None and routing.strength is not None
         below = nodes_below([routing.candidates])
         teacher = any(
-            n.op == "logp" and n.attr("dist") not in ("student", "initial") for n in reads
+            n.op == "logp" and n.attr("dist") not in ("student", "initial") for n in below
         )
         student = any(n.op == "logp" and n.attr("dist") == "student" for n in below)
         if not (teacher and student):
