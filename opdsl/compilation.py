@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from opdsl.syntax import tree
 
 
-# What a statement that could not be read may cause further down: not reported beside it.
-FOLLOWERS = frozenset({"OPD101", "OPD105", "OPD108", "OPD109", "OPD120", "OPD303"})
-
-
 class Compilation:
     """One method of one source. `method` picks by name; the default is the last in the file."""
 
@@ -65,6 +61,7 @@ class Compilation:
     def spec(self) -> Spec | None:
         """None when an error stands in the way (see `diagnostics`)."""
         from opdsl.meaning.access import check_access
+        from opdsl.meaning.limits import bounded
         from opdsl.meaning.structure import Elaboration
 
         loader, scope, file = self._loaded
@@ -89,7 +86,7 @@ class Compilation:
             return None
         decl, where = scope.methods[name]
         elaboration = Elaboration(self.report, loader.std(), self.settings)
-        spec = elaboration.method(decl, where, scope.runs)
+        spec = bounded(decl, self.report, lambda: elaboration.method(decl, where, scope.runs))
         if spec is not None:
             check_access(spec, self.report)
         return spec
@@ -122,14 +119,27 @@ class Compilation:
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """Everything there is to say, errors first in file order; overridden ones included."""
         _ = self.spec
-        if any(d.code.startswith("OPD0") for d in self.report.items):
-            self.report.items[:] = [d for d in self.report.items if d.code not in FOLLOWERS]
+        lost = frozenset(self._loaded[0].lost)
+        if lost:
+            from opdsl.meaning.followers import follows
+
+            self.report.items[:] = [d for d in self.report.items if not follows(d, lost)]
         if self.spec is not None and not self.report.failed:
-            from opdsl.passport.bias import boundaries
+            from opdsl.passport.rules import boundaries
 
             boundaries(self.spec, self.report)
             self._apply_overrides()
         return tuple(sorted(self.report.items, key=_order))
+
+    @cached_property
+    def notes(self) -> tuple[Diagnostic, ...]:
+        """What is worth knowing and needs no acceptance: printed by `explain`, `check --notes`."""
+        if self.errors or self.spec is None:
+            return ()
+        from opdsl.passport.report import passport
+        from opdsl.passport.rules import notes
+
+        return notes(self.spec, str(passport(self)["fixed_point"]))
 
     def _apply_overrides(self) -> None:
         from opdsl.passport.acceptance import apply_acceptances

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -91,7 +92,9 @@ class Method:
         return reference(self.program, batch)
 
     def _repr_latex_(self) -> str:
-        return f"$${self.explain('latex')}$$"
+        from opdsl.formula.paper import display_math
+
+        return display_math(self.compilation)
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -104,11 +107,11 @@ class Method:
 
 def find_spec(name_or_path: str | Path) -> Path:
     """A file, or a shipped spec by its name. Raises CompileError (OPD711) with a close name."""
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    from opdsl.resources import specs
+    from opdsl.resources import is_file, is_folder, specs
 
+    path = Path(name_or_path)
+    if is_file(path):
+        return path
     text = str(name_or_path)
     shipped = {p.stem: p for p in sorted(specs().glob("**/*.opd")) if p.parent.name != "std"}
     if text in shipped:
@@ -118,7 +121,7 @@ def find_spec(name_or_path: str | Path) -> Path:
     from opdsl.source import NOWHERE
 
     looks_like_path = text.endswith(".opd") or "/" in text
-    if path.is_dir() or (looks_like_path and path.parent.is_dir()):
+    if os.path.lexists(path) or (looks_like_path and is_folder(path.parent)):
         from opdsl.syntax import read_source
 
         read_source(path)  # reports the file that cannot be read

@@ -1,32 +1,36 @@
 """Diagnostics as text for people, as JSON, and as annotations for a forge.
 
 The text form shows the user's own line with carets under the mistake; further labels point at
-the other half of a conflict. It needs no third-party package; colour comes from rich, and only
-when it is asked for.
+the other half of a conflict. It fits 80 columns, or the terminal it is printed on. It needs no
+third-party package; colour comes from rich, and only when it is asked for.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import unicodedata
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 from opdsl.diagnostics import Diagnostic, Edit, Label, Safety, Severity
-from opdsl.source import Span
+from opdsl.source import NOWHERE, Span
+from opdsl.wrapping import STEP, cells, expanded, shortened, trimmed, wrapped
 
-WIDTH = 100
-_TAB = 4
+WIDTH = 80
+_NARROW, _WIDE = 50, 100  # what a terminal's width may change it to
+_BESIDE = 30  # cells a label needs beside its carets; with less it stands below them
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "bold yellow", Severity.NOTE: "bold cyan"}
 
 
-def render(diagnostics: Iterable[Diagnostic], format: str = "text", color: bool = False) -> str:
+def render(
+    diagnostics: Iterable[Diagnostic], format: str = "text", color: bool = False, width: int = WIDTH
+) -> str:
     """All diagnostics in one of the formats text, json, github. ValueError for another."""
     items = list(diagnostics)
     if format == "text":
-        return render_text(items, color=color)
+        return render_text(items, color=color, width=width)
     if format == "json":
         return render_json(items)
     if format == "github":
@@ -39,6 +43,14 @@ def wants_color(stream: TextIO) -> bool:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
     return bool(getattr(stream, "isatty", lambda: False)())
+
+
+def width_of(stream: TextIO) -> int:
+    """The columns to fill on a stream: those of the terminal, within reason, else `WIDTH`."""
+    if not getattr(stream, "isatty", lambda: False)():
+        return WIDTH
+    columns = shutil.get_terminal_size((WIDTH, 24)).columns
+    return max(_NARROW, min(columns, _WIDE))
 
 
 # ---- text --------------------------------------------------------------------------------
@@ -83,29 +95,37 @@ def _block(diagnostic: Diagnostic, width: int) -> list[_Line]:
     numbers = [label.span.line for label in shown]
     gutter = max([2, *(len(str(number)) for number in numbers)])
     style = _STYLES[diagnostic.severity]
-    lines = [_heading(diagnostic, style)]
+    lines = _heading(diagnostic, style, width)
     main = diagnostic.primary.span
     bare = not main.source.text
     place = main.source.name if bare else f"{main.source.name}:{main.line}:{main.column}"
-    lines.append(_Line(f"{' ' * gutter}--> {clean(place)}", ((gutter, gutter + 3, "blue"),)))
+    if main is not NOWHERE:
+        lines.append(_Line(f"{' ' * gutter}--> {clean(place)}", ((gutter, gutter + 3, "blue"),)))
     if shown:
         lines += _excerpts(diagnostic, shown, gutter, width, style)
     elif diagnostic.primary.text:
-        lines.append(_Line(f"{' ' * gutter} = {clean(diagnostic.primary.text)}"))
-    lines += _remarks(diagnostic, gutter)
+        head = f"{' ' * gutter} = "
+        text = shortened(clean(diagnostic.primary.text))
+        rows = wrapped(text, width - len(head))
+        lines += [_Line((head if i == 0 else " " * len(head)) + row) for i, row in enumerate(rows)]
+    lines += _remarks(diagnostic, gutter, width)
     return lines
 
 
-def _heading(diagnostic: Diagnostic, style: str) -> _Line:
+def _heading(diagnostic: Diagnostic, style: str, width: int) -> list[_Line]:
     kind = diagnostic.severity.value
     if diagnostic.overridden is not None:
         kind, style = "accepted", "bold green"
     head = f"{kind}[{diagnostic.code}]"
-    text = f"{head} {diagnostic.slug}: {clean(diagnostic.message)}"
-    return _Line(text, ((0, len(head), style), (len(head), len(text), "bold")))
+    text = f"{head} {diagnostic.slug}: {shortened(clean(diagnostic.message))}"
+    first, *rest = wrapped(text, width - STEP, width)
+    lines = [_Line(first, ((0, len(head), style), (len(head), len(first), "bold")))]
+    for row in rest:
+        lines.append(_Line(" " * STEP + row, ((STEP, STEP + len(row), "bold"),)))
+    return lines
 
 
-def _remarks(diagnostic: Diagnostic, gutter: int) -> list[_Line]:
+def _remarks(diagnostic: Diagnostic, gutter: int, width: int) -> list[_Line]:
     """Notes, helps, fixes that no help mentions, and where to read more."""
     remarks = [("note", note) for note in diagnostic.notes]
     if diagnostic.overridden is not None:
@@ -120,8 +140,9 @@ def _remarks(diagnostic: Diagnostic, gutter: int) -> list[_Line]:
     lines = []
     margin = " " * gutter
     for kind, text in remarks:
-        first, *rest = clean(text, newlines=True).split("\n")
         head = f"{margin} = {kind}: "
+        rows = shortened(clean(text, newlines=True), 2000).split("\n")
+        first, *rest = [part for row in rows for part in wrapped(row, width - len(head))]
         marks = ((gutter + 1, gutter + 2, "blue"), (gutter + 3, gutter + 3 + len(kind), "bold"))
         lines.append(_Line((head + first).rstrip(), marks))
         lines += [_Line((" " * len(head) + line).rstrip()) for line in rest]
@@ -167,77 +188,54 @@ def _excerpt(
     primary: Label | None,
 ) -> list[_Line]:  # fmt: skip
     """One source line and the underlines below it, the primary first."""
-    text, columns = _expanded(raw)
-    spans = []
+    room = max(width - gutter - 3, 20)
+    ranges = []  # of the labels, in characters of the line
     for label in labels:
         start = min(label.span.column - 1, len(raw))
         same_line = label.span.end <= label.span.start + len(raw) - start
         stop = min(start + label.span.end - label.span.start, len(raw)) if same_line else len(raw)
-        spans.append((columns[start], max(columns[stop], columns[start] + 1), label))
-    room = max(width - gutter - 3, 20)
-    text, shift = _trimmed(text, [(a, b) for a, b, _ in spans], room)
+        ranges.append((start, stop, label))
+    cut = max(0, min((start for start, _, _ in ranges), default=0) - 4 * room)
+    raw = raw[cut : cut + 12 * room]  # what may be shown of an endless line
+    text, columns = expanded(raw)
+    spans = []
+    for start, stop, label in ranges:
+        a, b = (columns[min(max(0, at - cut), len(raw))] for at in (start, stop))
+        spans.append((a, max(b, a + 1), label))
+    text, shift = trimmed(text, [(a, b) for a, b, _ in spans], room)
     margin = f"{number:>{gutter}} | "
     lines = [_Line((margin + text).rstrip(), ((0, gutter + 2, "blue"),))]
     spans.sort(key=lambda item: (item[2] is not primary, item[0]))
     for start, stop, label in spans:
         mark = "^" if label is primary else "-"
-        start, stop = max(0, start - shift), max(1, stop - shift)
+        start, stop = min(max(0, start - shift), room - 1), max(1, stop - shift)
         end = min(max(stop, start + 1), max(room, start + 1))
-        head = f"{' ' * gutter} | {' ' * start}"
-        under = mark * (end - start)
         shade = style if label is primary else "bold blue"
-        line = f"{head}{under} {clean(label.text)}".rstrip()
-        marks = ((gutter + 1, gutter + 2, "blue"), (len(head), len(line), shade))
-        lines.append(_Line(line, marks))
+        lines += _underlined(label, mark, start, end, gutter, room, shade)
     return lines
 
 
-def _expanded(raw: str) -> tuple[str, list[int]]:
-    """A source line as a terminal shows it, and the column at which each character starts."""
-    out: list[str] = []
-    columns = []
-    at = 0
-    for ch in raw:
-        columns.append(at)
-        if ch == "\t":
-            piece, size = " " * _TAB, _TAB
-        elif unicodedata.category(ch) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-            piece, size = ("", 0) if ch == "\ufeff" else ("\ufffd", 1)
-        else:
-            piece, size = ch, _cells(ch)
-        out.append(piece)
-        at += size
-    columns.append(at)
-    return "".join(out), columns
-
-
-def _cells(ch: str) -> int:
-    if ch.isascii():
-        return 1
-    if unicodedata.combining(ch):
-        return 0
-    return 2 if unicodedata.east_asian_width(ch) in "WF" else 1
-
-
-def _trimmed(text: str, spans: list[tuple[int, int]], room: int) -> tuple[str, int]:
-    """At most `room` columns of a long line around its underlined part, and the columns cut."""
-    cells = [_cells(ch) for ch in text]
-    if sum(cells) <= room:
-        return text, 0
-    low = min((a for a, _ in spans), default=0)
-    start = 0 if low < room * 2 // 3 else low - room // 3
-    at, taken, skipped = 0, [], 0
-    for ch, size in zip(text, cells):
-        if at < start:
-            skipped += size
-        elif at + size > start + room - (3 if start else 2):
-            break
-        else:
-            taken.append(ch)
-        at += size
-    head = "…" if skipped else ""
-    tail = "…" if at < sum(cells) else ""
-    return head + "".join(taken) + tail, skipped - len(head)
+def _underlined(
+    label: Label, mark: str, start: int, end: int, gutter: int, room: int, shade: str
+) -> list[_Line]:
+    """The underline from column `start` to `end`, its label beside it or, for want of room, below."""
+    text = shortened(clean(label.text))
+    bar = f"{' ' * gutter} | "
+    beside, below, size = room - end - 1, room - start, cells(text)
+    if size <= beside or (size > below and beside >= _BESIDE):
+        first, *rest = wrapped(text, max(beside, 1)) if text else [""]
+        rows = [" " * start + f"{mark * (end - start)} {first}".rstrip()]
+        rows += [" " * (end + 1) + row for row in rest]
+    else:
+        at = max(0, min(start, room - max(_BESIDE, min(size, room))))
+        rows = [" " * start + mark * (end - start)]
+        rows += [" " * at + row for row in wrapped(text, room - at)]
+    made = []
+    for row in rows:
+        lead = len(bar) + len(row) - len(row.lstrip(" "))
+        marks = ((gutter + 1, gutter + 2, "blue"), (lead, len(bar) + len(row), shade))
+        made.append(_Line(bar + row, marks))
+    return made
 
 
 def clean(text: str, newlines: bool = False) -> str:

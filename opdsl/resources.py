@@ -23,6 +23,37 @@ def folder(name: str) -> Path:
     raise FileNotFoundError(f"opdsl cannot find its folder `{name}`: looked in {places}")
 
 
+def is_file(place: Path) -> bool:
+    """Whether a regular file is there; False for what no file system can hold."""
+    try:
+        return place.is_file()
+    except (OSError, ValueError):  # a name too long, a NUL
+        return False
+
+
+def is_folder(place: Path) -> bool:
+    try:
+        return place.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def resolved(place: Path) -> Path:
+    """The path without links; as it stands where they lead nowhere (a loop, a NUL)."""
+    try:
+        return place.resolve()
+    except (OSError, RuntimeError, ValueError):
+        return place
+
+
+def here() -> Path:
+    """The working folder; the root where it has been deleted."""
+    try:
+        return Path.cwd().resolve()
+    except OSError:
+        return Path("/")
+
+
 def grammars() -> Path:
     return folder("grammars")
 

@@ -381,9 +381,16 @@ def test_v10_the_sampled_tail_is_unbiased(divergence: str, k: int) -> None:
     same(b_field(on_top(divergence, k, "sampled")), b_field(toy.loss(divergence)), 1e-11)
 
 
-def test_v10_a_renormalized_sample_is_refused() -> None:
+def test_v10_a_renormalized_sample_is_refused_and_where_allowed_zero() -> None:
+    text = (
+        "opd 1\nmethod m {\n  state rollouts(student)\n  teacher T = external(access = logits)\n"
+        "  support sampled(tail = renormalize)\n  feedback loss KL(student || T)\n"
+        "  aggregate mean(over = tokens)\n}\n"
+    )
     with pytest.raises(opdsl.CompileError, match="OPD312"):
-        toy.loss("KL(student || T)", "sampled(tail = renormalize)")
+        opdsl.compile(text)
+    m = toy.loss("KL(student || T)", "sampled(tail = renormalize)")  # allows what it must
+    assert float(b_field(m).abs().max()) < 1e-15
 
 
 def test_v10_dropped_forward_kl_rests_at_the_teacher_inside() -> None:

@@ -277,6 +277,8 @@ class Reader:
             hat = name[0] + "\u0302" + name[1:]
             inside = np.where(mask, p, 0)
             self.values[f"{hat}(v)"] = inside / inside.sum(-1, keepdims=True)
+            self.values[name] = p  # as a vector
+            self.values[f"{name}(Ω)"] = inside.sum(-1, keepdims=True)
         for p in spec.params:
             self.values[names.symbols.param(p.name).u] = p.value
         self.definitions = {}
@@ -288,7 +290,7 @@ class Reader:
         return self
 
     def __call__(self, m):
-        key = unicode(m)
+        key = unicode(m).replace("(w)", "(v)")  # sums keep their axis, so one index does
         if key in self.values:
             return self.values[key]
         if key == "e_{y_t}":
@@ -307,7 +309,8 @@ class Reader:
             case nt.Add():
                 return sum((1 if s else -1) * self(x) for s, x in m.items)
             case nt.Mul():
-                return np.prod([np.broadcast_to(self(x), (S, V, V)) for x in m.items], 0)
+                parts = np.stack([np.broadcast_to(self(x), (S, V, V)) for x in m.items])
+                return np.where((parts == 0).any(0), 0, np.prod(parts, 0))  # 0 outside a set
             case nt.Frac():
                 return self(m.top) / self(m.bottom)
             case nt.Pow() if key.startswith("‖"):
@@ -350,7 +353,12 @@ class Reader:
 
     def total(self, m):
         assert m.sign == "Σ"
-        return self.over(self(m.body), unicode(m.under)).sum(-1, keepdims=True)
+        x = self.over(self(m.body), unicode(m.under))
+        for part in m.under.items if isinstance(m.under, nt.Join) else (m.under,):
+            colon = isinstance(part, nt.Rel) and part.op == ":"
+            if colon or part is not m.under:  # Σ over the entries that pass a test
+                x = x * self.test(part.right if colon else part)
+        return x.sum(-1, keepdims=True)
 
     def divergence(self, m):
         """KL_…(p ‖ q) by its own printed definition, with p and q put in; a bin is added here."""
@@ -387,7 +395,7 @@ class Reader:
             for x in parts[1:]:
                 out = (out & x) if m.op == "and" else (out | x)
             return out
-        text = unicode(m)
+        text = unicode(m).replace("w ", "v ", 1)
         if text == "v = y_t":
             return np.eye(V, dtype=bool)[None]
         if text in ("v ∈ Ω", "v ∉ Ω"):
@@ -446,6 +454,8 @@ def test_what_is_printed_is_what_was_compiled(support, feedback):
         c = c + (np.where(reader.mask, x, 0) if g.place is not None else x)
     u = c - c.sum(-1, keepdims=True) * reader.values["π_θ(v)"]
     assert np.allclose(u, want_u, atol=1e-8)
+    (push,) = f.push
+    assert np.allclose(np.broadcast_to(reader(push.right), (S, V, V)), want_u, atol=1e-8)
 
 
 def test_the_routed_field_is_what_was_compiled():
@@ -470,7 +480,9 @@ def test_the_routed_field_is_what_was_compiled():
     assert 0 < values["n_t"].mean() < 1 and 0 < values["[C_t = ∅]"].mean() < 1
     c = np.broadcast_to(reader(f.gradient[0].right), (S, V, V))
     u = c - c.sum(-1, keepdims=True) * values["π_θ(v)"]
-    assert np.allclose(u, field.per_token(m.spec, m.spec.terms[0].loss, WORLD), atol=1e-9)
+    want = field.per_token(m.spec, m.spec.terms[0].loss, WORLD)
+    assert np.allclose(u, want, atol=1e-9)
+    assert np.allclose(np.broadcast_to(reader(f.push[0].right), (S, V, V)), want, atol=1e-9)
 
 
 # ---- rendering -----------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_the_example_of_the_language_page():
         helps=("feedback reward logratio(T, rollout)       policy gradient of KL(student || T)\n"
                "feedback loss   0.5 * logratio(student, T)^2   the same gradient, differentiated",),
     )  # fmt: skip
-    assert render_text([diagnostic]) == (
+    assert render_text([diagnostic], width=100) == (
         "error[OPD302] teacher_free_gradient: "
         "this loss names a teacher that cannot influence its gradient\n"
         "  --> my.opd:9:18\n"
@@ -77,7 +77,7 @@ def test_the_example_of_the_language_page():
 
 
 def test_several_labels_on_one_line_and_far_apart():
-    text = render_text([sample()])
+    text = render_text([sample()], width=100)
     assert text.splitlines()[2:10] == [
         "   |",
         " 4 |   teacher   T = external(access = sampled)",
@@ -122,11 +122,11 @@ def test_long_lines_are_trimmed_around_the_span():
     source = Source("a.opd", "x" * 500 + "HERE" + "y" * 500)
     text = render_text([make("OPD004", span(source, "HERE"), "m", "label")])
     assert carets(text)[0] == "HERE"
-    assert all(len(line) <= 100 for line in text.splitlines()) and text.count("…") == 2
+    assert all(len(line) <= 80 for line in text.splitlines()) and text.count("…") == 2
     source = Source("a.opd", "HERE" + "y" * 500)
     assert carets(render_text([make("OPD004", span(source, "HERE"), "m")]))[0] == "HERE"
     whole = make("OPD004", Span(source, 0, 504), "m", "l")
-    assert max(len(line) for line in render_text([whole]).splitlines()) <= 103
+    assert max(len(line) for line in render_text([whole]).splitlines()) <= 80
 
 
 def test_tabs_wide_and_combining_characters_keep_the_carets_in_place():
@@ -143,7 +143,7 @@ def test_empty_span_end_of_file_and_multi_line_span():
     assert "   |   ^ here" in render_text([make("OPD004", end, "m", "here")])
     across = Span(source, 1, 4)
     assert " 1 | ab\n   |  ^ l" in render_text([make("OPD004", across, "m", "l")])
-    assert "--> <built in>" in render_text([make("OPD900", NOWHERE, "m", "label")])
+    assert "-->" not in render_text([make("OPD900", NOWHERE, "m", "label")])  # nothing to point at
 
 
 def test_control_characters_never_reach_the_terminal():

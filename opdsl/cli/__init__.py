@@ -17,6 +17,7 @@ COMMANDS = {
     "explain": "opdsl.cli.explain:explain",
     "run": "opdsl.cli.run:run",
     "compare": "opdsl.cli.compare:compare",
+    "diff": "opdsl.cli.diff:diff",
     "emit": "opdsl.cli.emit:emit",
     "list": "opdsl.cli.list:list_",
     "new": "opdsl.cli.new:new",

@@ -17,6 +17,7 @@ from opdsl.diagnostics import CompileError, Diagnostic, Severity
 @click.option("--deny", multiple=True, metavar="warnings|CODE", help="Treat these as errors.")
 @click.option("--fix", is_flag=True, help="Apply the repairs that cannot change the formula.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Set a knob.")
+@click.option("--notes", is_flag=True, help="Also say what needs no acceptance.")
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing when there is nothing to say.")
 def check(
     files: tuple[str, ...],
@@ -24,6 +25,7 @@ def check(
     deny: tuple[str, ...],
     fix: bool,
     pairs: tuple[str, ...],
+    notes: bool,
     quiet: bool,
 ) -> None:
     """Check spec files (`-` is standard input). Exit code 1 if anything is wrong."""
@@ -33,7 +35,7 @@ def check(
     found: list[Diagnostic] = []
     clean = 0
     for name in files:
-        reports = [d for d in _one(name, chosen, fix) if d.overridden is None]
+        reports = [d for d in _one(name, chosen, fix, notes) if d.overridden is None]
         found += reports
         clean += not reports
     bad = any(_counts(d, deny) for d in found)
@@ -47,13 +49,15 @@ def check(
         raise click.exceptions.Exit(1)
 
 
-def _one(name: str, chosen: dict[str, object], fix: bool) -> tuple[Diagnostic, ...]:
+def _one(
+    name: str, chosen: dict[str, object], fix: bool, notes: bool = False
+) -> tuple[Diagnostic, ...]:
     """Diagnostics of every method of a file, each reported once."""
     try:
         source = source_of(name)
     except CompileError as e:
         return e.diagnostics
-    found = _all(source, chosen)
+    found = _all(source, chosen, notes)
     if fix and source.path is not None:
         edits = [e for d in found for f in d.fixes if f.safety == "safe" for e in f.edits]
         if edits:
@@ -67,13 +71,13 @@ def _one(name: str, chosen: dict[str, object], fix: bool) -> tuple[Diagnostic, .
                 f"fixed {len(edits)} place{'s' if len(edits) != 1 else ''} in {display(path)}",
                 err=True,
             )
-            found = _all(source_of(name), chosen)
+            found = _all(source_of(name), chosen, notes)
     return found
 
 
-def _all(source, chosen: dict[str, object]) -> tuple[Diagnostic, ...]:
+def _all(source, chosen: dict[str, object], notes: bool) -> tuple[Diagnostic, ...]:
     first = Compilation(source, None, chosen)
-    found = list(first.diagnostics)
+    found = [*first.diagnostics, *(first.notes if notes else ())]
     for method in first.methods[:-1]:
         for d in Compilation(source, method, chosen).diagnostics:
             if not any(

@@ -15,18 +15,18 @@ from opdsl.source import Source
 
 def show(diagnostics: Iterable[Diagnostic], format: str = "text", stream=None) -> None:
     """Print reports: text to stderr by default, in colour only on a terminal."""
-    from opdsl.render import render, wants_color
+    from opdsl.render import render, wants_color, width_of
 
     stream = stream or sys.stderr
-    text = render(tuple(diagnostics), format, wants_color(stream))
+    text = render(tuple(diagnostics), format, wants_color(stream), width_of(stream))
     if text:
-        print(text, file=stream)
+        print(text, file=stream, end="\n" if format == "text" else "")
 
 
 def source_of(name: str) -> Source:
     """A file, a shipped spec's name, or `-` for standard input. Raises CompileError."""
     if name == "-":
-        return Source("<stdin>", sys.stdin.read())
+        return _standard_input()
     from opdsl.method import find_spec
     from opdsl.syntax import read_source
 
@@ -34,10 +34,20 @@ def source_of(name: str) -> Source:
     return read_source(path, display(path))
 
 
+def _standard_input() -> Source:
+    """What is piped in, under the rules of a file. Raises CompileError."""
+    from opdsl.syntax import MAX_BYTES, decoded
+
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_BYTES + 1)
+    return decoded("<stdin>", data)
+
+
 def display(path: Path) -> str:
     """A path as short as it can be said from here."""
+    from opdsl.resources import here, resolved
+
     try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
+        return str(resolved(path).relative_to(here()))
     except ValueError:
         return str(path)
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
+from shutil import get_terminal_size
+from typing import TYPE_CHECKING
 
 import click
 
 from opdsl.cli.common import compiled, settings
+from opdsl.cli.figure import check, draw
 from opdsl.diagnostics import CompileError
+
+if TYPE_CHECKING:
+    from opdsl.compilation import Compilation
 
 DUMPS = ("ast", "spec", "ir", "torch", "plan")
 
@@ -22,16 +29,51 @@ DUMPS = ("ast", "spec", "ir", "torch", "plan")
 @click.option("--dump", type=click.Choice(DUMPS), help="Print one phase of the compiler instead.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="Set a knob.")
 @click.option("--method", metavar="NAME", help="Which method of the file. [the last]")
+@click.option(
+    "--figure",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw where the mass goes at one state (.png, .svg or .pdf).",
+)
+@click.option(
+    "--state",
+    metavar="FILE.json",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The state of the figure. [a small built-in one]",
+)
+@click.option("--probe", is_flag=True, help="Measure the passport's claims on small models.")
 def explain(
-    what: str, format_: str, dump: str | None, pairs: tuple[str, ...], method: str | None
+    what: str,
+    format_: str,
+    dump: str | None,
+    pairs: tuple[str, ...],
+    method: str | None,
+    figure: Path | None,
+    state: Path | None,
+    probe: bool,
 ) -> None:
     """Explain a spec file or shipped spec, a diagnostic code (OPD302 or its slug), or a
-    definition of the standard library."""
+    definition of the standard library.
+
+    --state is an object: "student" and "teacher" (probabilities or logits, one number per token;
+    "teacher" may be an object of several), "sampled" (a token's name or index), and, if you like,
+    "tokens" (their names) and "initial".
+    """
     chosen = settings(pairs)
-    if not (what == "-" or Path(what).is_file() or dump or chosen or method):
+    if figure is not None or state is not None:
+        check(figure, state, dump)
+    if probe and (dump is not None or format_ == "latex"):
+        raise click.UsageError("--probe goes with the formats text, json and markdown")
+    from opdsl.resources import is_file
+
+    if not (what == "-" or is_file(Path(what)) or dump or chosen or method):
         text = _code(what, format_) or _definition(what, format_)
+        if text is not None and figure is not None:
+            raise click.UsageError(f"{what} is a code or a definition; a figure shows a method")
+        if text is not None and probe:
+            raise click.UsageError(f"{what} is a code or a definition; --probe measures a method")
         if text is not None:
-            click.echo(text, nl=False)
+            _print(text)
             return
     try:
         if dump is not None:
@@ -40,9 +82,31 @@ def explain(
         compilation = compiled(what, chosen, method)
     except CompileError as e:
         raise _with_names(what, e) from None
-    from opdsl.formula.explain import explain as explained
+    from opdsl.formula.explain import WIDTH, Explanation, printed
 
-    click.echo(explained(compilation, format_), nl=False)
+    push = None if figure is None else draw(compilation, figure, state)
+    width = min(WIDTH, get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+    text = printed(Explanation(compilation), format_, width, push)
+    click.echo(_probed(text, compilation, format_, width) if probe else text, nl=False)
+
+
+def _probed(text: str, compilation: Compilation, format_: str, width: int) -> str:
+    """An explanation with what was measured below it."""
+    from opdsl.passport.probe import probe
+
+    found = probe(compilation)
+    if format_ == "json":
+        data = {**json.loads(text), "probe": found.to_dict()}
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    lines = "\n".join(line.rstrip() for line in found.lines(width)) + "\n"
+    return f"{text}\n```text\n{lines}```\n" if format_ == "markdown" else f"{text}\n{lines}"
+
+
+def _print(text: str) -> None:
+    """To standard output; escape sequences only where colour is wanted."""
+    from opdsl.render import wants_color
+
+    click.echo(text, nl=False, color=wants_color(sys.stdout))
 
 
 # ---- codes -------------------------------------------------------------------------------------
@@ -68,8 +132,13 @@ def _code(what: str, format_: str) -> str | None:
             "page": text,
         }
         return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    if text is not None:
+    if text is not None and format_ == "markdown":
         return text.rstrip("\n") + "\n"
+    if text is not None:
+        from opdsl.cli.lesson import lesson
+        from opdsl.render import wants_color, width_of
+
+        return lesson(text, width_of(sys.stdout), wants_color(sys.stdout))
     family = {
         "0": "syntax", "1": "names and values", "2": "types, axes and units", "3": "structure",
         "4": "teacher access and models", "5": "bias boundaries", "6": "numerics", "7": "runs",

@@ -55,14 +55,29 @@ def fmt(files: tuple[str, ...], check_: bool, diff: bool) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's text; the old text survives any failure."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Replace a file's text (of a link: of what it leads to); the old text survives any failure.
+
+    Raises CompileError OPD704 where nothing can be written.
+    """
+    from opdsl.codes import make
+    from opdsl.diagnostics import CompileError
+    from opdsl.resources import resolved
+    from opdsl.source import NOWHERE
+
+    path = resolved(path)
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as f:
             f.write(text)
         if path.exists():
             os.chmod(temporary, path.stat().st_mode & 0o777)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        why = error.strerror or str(error)
+        message = f"I cannot write `{display(path)}`: {why}"
+        raise CompileError([make("OPD704", NOWHERE, message)]) from None

@@ -1,4 +1,4 @@
-"""`opdsl list`: the shipped specs, or the definitions of the standard library."""
+"""`opdsl list`: the shipped specs, the gallery of failures, the standard library, the codes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import click
 
 
 @click.command("list")
-@click.argument("what", type=click.Choice(["specs", "std", "codes"]), default="specs")
+@click.argument("what", type=click.Choice(["specs", "failures", "std", "codes"]), default="specs")
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text")
 def list_(what: str, format_: str) -> None:
-    """List shipped specs, the standard library (std) or the diagnostic codes."""
-    rows = {"specs": _specs, "std": _std, "codes": _codes}[what]()
+    """List shipped specs, failures (known mistakes), std (the standard library)
+    or the diagnostic codes."""
+    rows = {"specs": _specs, "failures": _failures, "std": _std, "codes": _codes}[what]()
     if format_ == "json":
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -36,7 +37,7 @@ def _specs() -> list[dict[str, object]]:
 
     out = []
     for path in sorted(specs().glob("**/*.opd")):
-        if path.parent.name == "std":
+        if path.parent.name in ("std", "failures"):
             continue
         compilation = Compilation(read_source(path))
         spec = compilation.spec
@@ -51,6 +52,27 @@ def _specs() -> list[dict[str, object]]:
                 "credit": credit.split("(")[0],
                 "evidence": spec.evidence or "",
                 "source": ", ".join(v for _, v in spec.cites),
+            }
+        )
+    return out
+
+
+def _failures() -> list[dict[str, object]]:
+    from opdsl.compilation import Compilation
+    from opdsl.resources import specs
+    from opdsl.syntax import read_source
+
+    out = []
+    for path in sorted((specs() / "failures").glob("*.opd")):
+        compilation = Compilation(read_source(path))
+        if compilation.spec is None:
+            continue
+        accepted = {d.code: d.slug for d in compilation.diagnostics if d.overridden}
+        out.append(
+            {
+                "name": path.stem,
+                "title": compilation.spec.title or "",
+                "reported": ", ".join(f"{c} {slug}" for c, slug in sorted(accepted.items())),
             }
         )
     return out

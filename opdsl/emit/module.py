@@ -63,6 +63,8 @@ def input_key(n: Node) -> str:
         return f"field_{_mangle(str(n.attr('field')))}_{_stable(str(n.attr('equals')))}"
     if name == "values":
         return f"values_{_mangle(str(n.attr('critic')))}"
+    if name == "noise":
+        return f"noise_{n.attr('k')}"
     return name
 
 
@@ -429,6 +431,11 @@ class Writer:
     # coupling (batch passes)
     def _sum_t(self, n: Node) -> str:
         return f"b.sum_t({self.full(n.args[0], Axis.TOK)})"
+
+    def _max_t(self, n: Node) -> str:
+        return f"b.{n.op}({self.full(n.args[0], Axis.TOK)})"
+
+    _rank_t = _max_t
 
     def _scan(self, n: Node) -> str:
         a, c = (self.full(x, Axis.TOK) for x in n.args)

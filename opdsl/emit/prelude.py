@@ -228,6 +228,14 @@ def schedule(kind, start, stop, over, step, total):
     return start + (stop - start) * x
 
 
+def uniform(place, step, k):
+    """One draw in [0, 1) per place, step and call site: a 31-bit mix, the same everywhere."""
+    x = (place * 747796405 + (step * 891213001 + k * 277803737 + 12345)) & 0x7FFFFFFF
+    x = ((x ^ (x >> 15)) * 1103515245) & 0x7FFFFFFF
+    x = ((x ^ (x >> 15)) * 1566083941) & 0x7FFFFFFF
+    return ((x ^ (x >> 13)) & 0x7FFFFFFF).double() / 2147483648.0
+
+
 def where(test, yes, no, like):
     """torch.where for any mix of numbers and tensors; the result varies over what either does."""
     if not torch.is_tensor(test) or test.dim() == 0:
@@ -297,6 +305,17 @@ class Coupling:
             out[:, t] = a[:, t] + before
             before = c[:, t] * out[:, t]
         return self.unpad(out)
+
+    def max_t(self, x):
+        out = torch.full((self.b,), FLOOR, dtype=x.dtype, device=x.device)
+        return out.scatter_reduce_(0, self.seq, x, "amax")
+
+    def rank_t(self, x):
+        """Share of the sequence's tokens with a smaller value."""
+        padded, row = self.pad(x), torch.arange(self.t, device=x.device)
+        real = row < self.length[:, None]
+        less = (padded[:, None, :] < padded[:, :, None]) & real[:, None, :]
+        return self.unpad(less.sum(-1).to(x.dtype) / self.length.clamp_min(1)[:, None].to(x.dtype))
 
     def shift(self, x, k, boot=None):
         """Value k tokens later; 0 (or the bootstrap, at the first step past the end) beyond."""

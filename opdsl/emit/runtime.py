@@ -406,7 +406,12 @@ def seq_input(batch: Batch, n, k: str, like: torch.dtype) -> Tensor:
         if batch.special_N is None:
             return torch.zeros(lay.n_rows, dtype=torch.bool, device=lay.seq_N.device)
         return batch.special_N
+    if name == "noise":
+        assert batch.place_N is not None
+        return prelude.uniform(batch.place_N, batch.step, int(n.attr("k"))).to(like)
     if name == "field":
+        if batch.prompt is None and n.attr("field") == "@source":
+            raise BatchError('this method asks who drew a text: pass `prompt` with "@source"')
         if batch.prompt is None:
             raise BatchError(f"this method reads prompt.{n.attr('field')}: pass `prompt`")
         hits = [str(p.get(n.attr("field"))) == n.attr("equals") for p in batch.prompt]

@@ -410,6 +410,8 @@ def _input(k: str, n: Node, pad: str) -> Iterable[str]:
             f"{pad}    d['student'].at_y() if rollout_logprobs is None",
             f"{pad}    else rows.take(rollout_logprobs).to(like))",
         ]
+    if name == "noise":
+        return [f"{left} uniform(rows.place, step, {n.attr('k')}).to(like)"]
     if name == "field":
         test = f"str(p.get({str(n.attr('field'))!a})) == {str(n.attr('equals'))!a}"
         return [

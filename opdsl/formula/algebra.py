@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from opdsl.meaning.node import Node
 
@@ -38,9 +39,24 @@ def key_text(key: object) -> str:
         return "{" + ",".join(sorted(key_text(k) for k in key)) + "}"
     if isinstance(key, tuple):
         return "(" + ",".join(key_text(k) for k in key) + ")"
+    return _atom_text(key) if isinstance(key, Atom) else str(key)
+
+
+@lru_cache(4096)
+def _atom_text(atom: Atom) -> str:
+    return key_text(atom.order)
+
+
+@lru_cache(4096)
+def _extent(key: object) -> int:
     if isinstance(key, Atom):
-        return key_text(key.order)
-    return str(key)
+        return 1 + _extent(key.key)
+    return sum(_extent(k) for k in key) if isinstance(key, frozenset | tuple) else 0
+
+
+def extent(a: Poly) -> int:
+    """How many atoms a polynomial would show, those inside other atoms included."""
+    return sum(_extent(m) for m in a)
 
 
 Mono = frozenset  # of (Atom, power)

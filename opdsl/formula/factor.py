@@ -43,6 +43,10 @@ class Layout:
         self.printer = printer
 
     def __call__(self, a: Poly) -> Math:
+        sizes = {round(abs(c), 12) for c in a.values()}
+        if len(a) > 1 and len(sizes) == 1 and sizes != {1.0} and _conditions(a):
+            k = sizes.pop()  # one number before all cases
+            return mul([Num(k), self({m: c / k for m, c in a.items()})])
         items: list[tuple[bool, Math]] = []
         for literals, part in self.cases(a):
             value = self.factored(part)

@@ -58,7 +58,7 @@ def _field(names: Names, term: Term, c: Cotangent) -> Field:
         shifted = len(kept) < len(parts[0][1])
         parts[0] = None, kept
     parts = [(s, p) for s, p in parts if p]
-    vector = all(_simple(m) for _, p in parts for m in p)
+    vector = all(_simple(names, m, s) for s, p in parts for m in p)
     if vector:
         parts = [(s, _unindexed(p)) for s, p in parts]
     place: Math | None = None
@@ -101,10 +101,13 @@ def _entry(m: frozenset) -> frozenset:
     return frozenset((x, p) for x, p in m if x.varies)
 
 
-def _simple(m: frozenset) -> bool:
-    """Whether an entry's part is one letter (ρ_t) or nothing (1/V)."""
+def _simple(names: Names, m: frozenset, s: Node | None) -> bool:
+    """Whether an entry's part is one letter (ρ_t) or nothing (1/V), wherever it is read."""
     entry = _entry(m)
-    return not entry or (len(entry) == 1 and all(x.kind == "named" for x, _ in entry))
+    everywhere = s is None or s.op == "full" or any(x.key in names.targets for x, _ in entry)
+    return everywhere and (
+        not entry or (len(entry) == 1 and all(x.kind == "named" for x, _ in entry))
+    )
 
 
 def _unindexed(a: Poly) -> Poly:

@@ -14,6 +14,7 @@ from opdsl.formula.notation import Call, Join, Math, Rel, Sym, Text, Wrap, add, 
 from opdsl.formula.printer import Printer
 from opdsl.formula.symbols import Named, Symbols, primed, short_names
 from opdsl.ir.derive import strip
+from opdsl.ir.program import expand_tails
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import Axis
@@ -28,6 +29,7 @@ class Definition:
     op: str
     right: Math
     note: str = ""
+    note_l: str = ""  # the note in LaTeX, where it has mathematics in it
 
 
 @dataclass(slots=True)
@@ -39,6 +41,7 @@ class Names:
     printer: Printer
     definitions: list[Definition] = field(default_factory=list)
     routed: dict[str, tuple[Named, ...]] = field(default_factory=dict)
+    targets: set[object] = field(default_factory=set)  # letters that add up to 1 over tokens
     _counts: dict[str, int] = field(default_factory=dict)
     _rank: int = 0
 
@@ -52,7 +55,7 @@ class Names:
     def give(self, n: Node, name: Named, kind: str = "named", at: str = "") -> None:
         """The node, its negative and its form without stop-gradients are written as this letter."""
         b, table = self.spec.builder, self.printer.normal.names
-        for node in (n, strip(b, n)):
+        for node in (n, strip(b, n), strip(b, expand_tails(b, n))):
             table[node.id] = (1.0, Atom(kind, name, at))
             if kind == "named":
                 table[b.neg(node).id] = (-1.0, Atom(kind, name, at))
@@ -76,8 +79,8 @@ class Names:
             names.update(hidden)
             self.printer.normal = old
 
-    def define(self, left: Math, op: str, right: Math, note: str = "") -> None:
-        self.definitions.append(Definition(left, op, right, note))
+    def define(self, left: Math, op: str, right: Math, note: str = "", note_l: str = "") -> None:
+        self.definitions.append(Definition(left, op, right, note, note_l))
 
 
 def named(spec: Spec, plain: bool = False) -> Names:
@@ -167,15 +170,15 @@ def _routing(names: Names, term: Term) -> None:
     over = Rel("∈", v, place if place is not None else Text("the vocabulary"))
     names.define(c.at("t"), "=", Wrap("set", Join(",", (Rel(":", over, tests[0]), *tests[1:]))))
     weight = names.meaning(how.raw_target)
+    over_c = "positive part, over " if _signed(how) else "over "
+    some = c.at("t")
     names.define(
-        Call(rho.at("t"), (v,)),
-        "∝",
-        weight,
-        f"positive part, over {c.at('t').u}" if _signed(how) else f"over {c.at('t').u}",
+        Call(rho.at("t"), (v,)), "∝", weight, over_c + some.u, rf"\text{{{over_c}}} {some.l}"
     )
     names.define(m.at("t"), "=", names.meaning(how.strength))
     names.give(how.routable, c, "ind")
     names.give(how.target, rho, "named", "v")
+    names.targets.add(rho)
     names.give(how.strength, m)
     names.routed[term.name] = (n, c, rho, m)
 

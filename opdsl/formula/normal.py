@@ -21,6 +21,7 @@ from opdsl.formula.algebra import (
     atoms_of,
     constant,
     exponential,
+    extent,
     frozen,
     held,
     key_text,
@@ -43,6 +44,7 @@ from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import Axis
 
 LIMIT = 96  # monomials; beyond it a value stays opaque
+SIZE = 300  # atoms, nested ones included; likewise
 
 
 # ---- from nodes ------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ class Normal:
                 found = scaled(single(Atom(atom.kind, atom.key, place)), sign)
             else:
                 found = self._make(n, at)
-                if len(found) > LIMIT:
+                if len(found) > LIMIT or extent(found) > SIZE:
                     found = self.opaque(n, at)
             self._memo[key] = found
         return self._memo[key]
@@ -244,7 +246,7 @@ class Normal:
             return self.poly(side, at)
         c = self.truth(test, at)
         gap = plus(self.poly(yes, at), self.poly(no, at), -1.0)
-        return plus(self.poly(no, at), times(c, gap))
+        return plus(self.poly(no, at), self.consistent(times(c, gap)))
 
     # -- conditions ------------------------------------------------------------------------------
     def truth(self, n: Node, at: str) -> Poly:
@@ -257,7 +259,7 @@ class Normal:
             case "not":
                 return plus(constant(1.0), self.truth(n.args[0], at), -1.0)
             case "and":
-                return times(self.truth(n.args[0], at), self.truth(n.args[1], at))
+                return self.consistent(times(*(self.truth(x, at) for x in n.args)))
             case "or":
                 a, b = (self.truth(x, at) for x in n.args)
                 return plus(plus(a, b), times(a, b), -1.0)
@@ -285,6 +287,15 @@ class Normal:
         inner = self.poly(n.args[1], at)
         return bool(inner) and all(c > 0 and all(_grows(x) for x, _ in m) for m, c in inner.items())
 
+    def consistent(self, a: Poly) -> Poly:
+        """Without products of conditions that exclude each other."""
+        out = {}
+        for m, c in a.items():
+            tests = [x for x, _ in m if x.kind == "ind" and x.key in self.nodes]
+            if not any(self.opposite(x, y) for x in tests for y in tests):
+                out[m] = c
+        return out
+
     def opposite(self, x: Atom, y: Atom) -> bool:
         """Whether two conditions are a < b and b < a."""
         if x.kind != "ind" or y.kind != "ind" or x.at != y.at:
@@ -303,12 +314,14 @@ class Normal:
     # -- sums over entries -------------------------------------------------------------------------
     def _sum_v(self, n: Node, at: str) -> Poly:
         x, s = n.args
-        if s.op == "sampled":
-            return self.poly(x, "y")
+        return self.poly(x, "y") if s.op == "sampled" else self.summed(self.poly(x, "v"), s)
+
+    def summed(self, a: Poly, s: Node) -> Poly:
+        """Σ over the entries of a set: what does not vary in front, a distribution is 1."""
         sid = self.set_id(s)
         out: Poly = {}
-        for m, c in self.poly(x, "v").items():
-            inner = frozenset((a, p) for a, p in m if a.varies)
+        for m, c in a.items():
+            inner = frozenset((x, p) for x, p in m if x.varies)
             outer = m - inner
             if not inner:
                 total = single(Atom("count", sid))

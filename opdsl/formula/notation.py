@@ -122,6 +122,21 @@ class Text(Math):
     words: str
 
 
+def extent(m: Math, most: int) -> int:
+    """How many symbols and operations an expression shows; counting stops beyond `most`."""
+    stack, count = [m], 0
+    while stack and count <= most:
+        node = stack.pop()
+        count += 1
+        for name in getattr(node, "__slots__", ()):
+            value = getattr(node, name)
+            for part in value if isinstance(value, tuple) else (value,):
+                inner = part[1] if isinstance(part, tuple) else part
+                if isinstance(inner, Math):
+                    stack.append(inner)
+    return count
+
+
 ZERO, ONE = Num(0.0), Num(1.0)
 
 
@@ -296,23 +311,34 @@ def _dotted(before: Math, after: Math) -> bool:
 
 _WORDS = {"‖": r"\Vert", "≤": r"\leq", "≥": r"\geq", "≠": r"\neq", "∈": r"\in", "∉": r"\notin",
           "∅": r"\emptyset", "<": "<", ">": ">", "=": "=", ":": ":", "∝": r"\propto",
-          "∧": r"\wedge", "∨": r"\vee", "∼": r"\sim"}  # fmt: skip
+          "∧": r"\wedge", "∨": r"\vee", "∼": r"\sim", "→": r"\to", "…": r"\ldots",
+          "−": "-", "·": r"\cdot"}  # fmt: skip
 
 
 def latex(m: Math, at: int = ADD) -> str:
     """The expression in LaTeX, bracketed if it binds less than `at`."""
     text, strength = _l(m)
-    return text if strength >= at else rf"\left({text}\right)"
+    return text if strength >= at else _bracketed(text)
+
+
+def _bracketed(text: str) -> str:
+    """In brackets, which grow only where there is something tall inside."""
+    tall = any(
+        x in text for x in (r"\frac", r"\sum", r"\sqrt", r"\left", r"\max_", r"\min_", "mean}_")
+    )
+    return rf"\left({text}\right)" if tall else f"({text})"
 
 
 def words(text: str) -> str:
     r"""Upright text in LaTeX math: \mathrm with spaces and underscores kept."""
     safe = text.replace("\\", "").replace("_", r"\_").replace("%", r"\%").replace("#", r"\#")
     safe = safe.replace("&", r"\&").replace("$", r"\$").replace("{", r"\{").replace("}", r"\}")
+    safe = safe.replace(" ", r"\ ")
     for u, l in _WORDS.items():
         if not u.isascii():
             safe = safe.replace(u, l + " ")
-    return r"\mathrm{" + safe.replace(" ", r"\ ") + "}"
+    safe = "".join(c if c.isascii() else "?" for c in safe)  # a letter TeX may not know
+    return r"\mathrm{" + safe + "}"
 
 
 def _l(m: Math) -> tuple[str, int]:
@@ -330,12 +356,14 @@ def _l(m: Math) -> tuple[str, int]:
         case Frac():
             return rf"\frac{{{latex(m.top)}}}{{{latex(m.bottom)}}}", MUL
         case Pow():
-            return f"{latex(m.base, ATOM)}^{{{latex(m.exponent)}}}", POW
+            base = latex(m.base, ATOM)
+            base = f"{{{base}}}" if isinstance(m.base, Sym) and "^" in base else base
+            return f"{base}^{{{latex(m.exponent)}}}", POW
         case Root():
             return rf"\sqrt{{{latex(m.body)}}}", ATOM
         case Call():
             sep = rf" \,{_WORDS['‖']}\, " if "‖" in m.sep else m.sep
-            return rf"{m.head.l}\left({sep.join(latex(a) for a in m.args)}\right)", ATOM
+            return m.head.l + _bracketed(sep.join(latex(a) for a in m.args)), ATOM
         case Fn():
             name = rf"\{m.name}" if m.name in ("log", "exp", "tanh") else rf"\mathrm{{{m.name}}}"
             body = latex(m.arg, POW)
@@ -343,7 +371,9 @@ def _l(m: Math) -> tuple[str, int]:
                 body = latex(m.arg)
             return f"{name} {body}", UNARY
         case Big():
-            sign = {"Σ": r"\sum"}.get(m.sign, rf"\mathrm{{{m.sign}}}")
+            sign = {"Σ": r"\sum", "max": r"\max", "min": r"\min"}.get(
+                m.sign, rf"\operatorname{{{m.sign}}}"
+            )
             return rf"{sign}_{{{latex(m.under)}}} {latex(m.body, MUL)}", UNARY
         case Ind():
             return ("" if m.bare else r"{\mathbf{1}}") + rf"\left[{latex(m.test)}\right]", ATOM
@@ -366,7 +396,7 @@ def _product_latex(items: tuple[Math, ...]) -> str:
         last = i == len(items) - 1
         text = latex(item, MUL if last or isinstance(item, Frac) else UNARY)
         if isinstance(item, Fn | Big) and not last:
-            text = rf"\left({latex(item)}\right)"
+            text = _bracketed(latex(item))
         if i:
             out += r" \cdot " if _dotted(items[i - 1], item) else r"\, "
         out += text
@@ -409,7 +439,7 @@ def folded(text: str, width: int, later: str) -> list[str]:
     start = len(text) - len(text.lstrip())
     for i, c in enumerate(text[:width]):
         depth += (c in "([{") - (c in ")]}")
-        if c == " " and i > max(start, len(later)):
+        if c == " " and i > max(start, len(later)) and not _opens(text[:i]):
             inner = i
             if depth <= 0:
                 cut = i
@@ -417,3 +447,9 @@ def folded(text: str, width: int, later: str) -> list[str]:
     if not cut:
         return [text]
     return [text[:cut].rstrip(), *folded(later + text[cut:].lstrip(), width, later)]
+
+
+def _opens(text: str) -> bool:
+    """Whether what follows belongs to the last word: log x, Σ_v x."""
+    word = text.rsplit(" ", 1)[-1].lstrip("([{−")
+    return word in ("log", "−", "+") or word.startswith(("Σ", "mean_", "max_", "min_"))

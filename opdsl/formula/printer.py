@@ -6,7 +6,9 @@ written operation by operation.
 
 from __future__ import annotations
 
-from opdsl.formula.algebra import Atom, Dist, Poly, in_order, leaf, only_dist
+from collections.abc import Callable
+
+from opdsl.formula.algebra import Atom, Dist, Mono, Poly, constant, in_order, leaf, only_dist
 from opdsl.formula.conditions import Conditions
 from opdsl.formula.factor import Layout
 from opdsl.formula.normal import Normal, is_mean, is_softmax
@@ -27,6 +29,7 @@ from opdsl.formula.notation import (
     Text,
     Wrap,
     add,
+    extent,
     mul,
     unicode,
     words,
@@ -49,6 +52,8 @@ _HEADS = {
     "hellinger": "Hel²",
     "JSD": "JSD",
 }
+MAX_PART = 300  # symbols of one operation with all that is inside; more is not written out
+TOO_LONG = Sym("…", r"\ldots")
 
 
 class Printer(Conditions):
@@ -61,6 +66,8 @@ class Printer(Conditions):
         self.divergences: dict[tuple, Divergence] = {}
         self.ratios: dict[tuple[Dist, Dist], bool] = {}  # pair -> printed at y as well
         self.layout = Layout(self)
+        self._written: dict[tuple, Math] = {}
+        self.depth = -1  # how many index letters are taken, less one: Σ_w inside an entry of v
 
     # -- entrances -----------------------------------------------------------------------------
     def expr(self, n: Node, at: str = "v") -> Math:
@@ -80,9 +87,28 @@ class Printer(Conditions):
         finally:
             self.time, self.row = old
 
+    def entry(self, a: Poly) -> Math:
+        """One entry of a vector over tokens: `v` is free, so sums run over w."""
+        return self._deeper(lambda: self.poly(a))
+
+    def _deeper(self, write: Callable[[], Math]) -> Math:
+        self.depth += 1
+        try:
+            return write()
+        finally:
+            self.depth -= 1
+
+    @property
+    def letter(self) -> Sym:
+        """The index of the innermost sum (or of the entry that is written)."""
+        name = "vwu"[min(max(self.depth, 0), 2)]
+        return Sym(name, name)
+
     # -- atoms -----------------------------------------------------------------------------------
     def atom(self, x: Atom) -> Math:
         match x.kind:
+            case "P" if not x.at:  # as a vector
+                return self.symbols.dist(x.key)  # type: ignore[arg-type]
             case "P":
                 return Call(self.symbols.dist(x.key), (self.index(x.at),))  # type: ignore[arg-type]
             case "L":
@@ -95,7 +121,7 @@ class Printer(Conditions):
                 return self.node(self.normal.nodes[x.key], x.at or "v")  # type: ignore[index]
             case "sum":
                 sid, inner = x.key  # type: ignore[misc]
-                return self.total(sid, {inner: 1.0})
+                return self._mass(sid, inner) or self.total(sid, {inner: 1.0})
             case "total":
                 sid, body = x.key  # type: ignore[misc]
                 return self.total(sid, in_order(body))
@@ -108,7 +134,10 @@ class Printer(Conditions):
             case "exp":
                 return self._exponential(dict(x.key))  # type: ignore[call-overload]
             case "abs":
-                return Wrap("abs", self.poly(dict(x.key)))  # type: ignore[call-overload]
+                body = self.poly(dict(x.key))  # type: ignore[call-overload]
+                if isinstance(body, Add) and not any(s for s, _ in body.items):
+                    body = add([(True, m) for _, m in body.items])  # |−x| is |x|
+                return Wrap("abs", body)
             case "group":
                 return self.poly(dict(x.key))  # type: ignore[call-overload]
             case "log":
@@ -118,7 +147,7 @@ class Printer(Conditions):
             case "window":
                 key, n = x.key  # type: ignore[misc]
                 scan = self.normal.nodes[key]
-                last = f"t+{n - 1}" if n > 2 else "t+1"
+                last = f"t+{n - 1}"
                 return Big("Σ", Text(f"k = t … {last}"), self.moved(scan.args[0], "k"))
             case "e":
                 y = self.index("y")
@@ -134,8 +163,9 @@ class Printer(Conditions):
             mark = "*" if self.star else self.row
             row = mark if self.star else f"^{mark}" if mark else ""
             up = f"^{{{mark}}}" if mark else ""
-            return Sym(f"y_{t}{row}", f"y_{{{self.time}}}{up}")
-        return Sym("rest", r"\mathrm{rest}") if at == "rest" else Sym("v", "v")
+            below = t.replace("−", "-")
+            return Sym(f"y_{t}{row}", f"y_{below}{up}")
+        return Sym("rest", r"\mathrm{rest}") if at == "rest" else self.letter
 
     def named(self, x: Atom) -> Math:
         assert isinstance(x.key, Named)
@@ -196,8 +226,20 @@ class Printer(Conditions):
                 return Pow(self.atom(Atom("P", logs[0].key, logs[0].at)), self.poly(rest))
         return Call(Sym("exp", r"\exp"), (self.poly(a),))
 
+    def _mass(self, sid: int, inner: Mono) -> Math | None:
+        """π(Ω) for Σ_{v ∈ Ω} π(v)."""
+        s = self.symbols.set(self.normal.sets[sid])
+        if s is None or len(inner) != 1:
+            return None
+        ((x, p),) = inner
+        single = x.kind == "P" and p == 1 and x.key[0] == "leaf"  # type: ignore[index]
+        return Call(self.symbols.dist(x.key), (s,)) if single else None  # type: ignore[arg-type]
+
     def total(self, sid: int, body: Poly, sign: str = "Σ") -> Math:
         """Σ over a set; conditions shared by every summand move under the sign."""
+        return self._deeper(lambda: self._total(sid, body, sign))
+
+    def _total(self, sid: int, body: Poly, sign: str) -> Math:
         s = self.symbols.set(self.normal.sets[sid])
         shared = None
         for m in body:
@@ -205,7 +247,7 @@ class Printer(Conditions):
             shared = own if shared is None else shared & own
         tests = sorted(shared or (), key=lambda x: x.order)
         inner = {frozenset((x, p) for x, p in m if x not in tests): c for m, c in body.items()}
-        under: Math = Sym("v", "v") if s is None else Rel("∈", Sym("v", "v"), s)
+        under: Math = self.letter if s is None else Rel("∈", self.letter, s)
         if tests:
             first, *more = (self.literal(x, True) for x in tests)
             under = Join(",", (Rel(":", under, first), *more))
@@ -213,6 +255,23 @@ class Printer(Conditions):
 
     # -- operations the algebra does not see through ---------------------------------------------------
     def node(self, n: Node, at: str = "v") -> Math:
+        return self._once(("value", n.id, at), lambda: self._node(n, at))
+
+    def condition(self, n: Node, at: str = "v", positive: bool = True) -> Math:
+        return self._once(
+            ("test", n.id, at, positive), lambda: super(Printer, self).condition(n, at, positive)
+        )
+
+    def _once(self, what: tuple, write: Callable[[], Math]) -> Math:
+        """Each node is written once for a place: nested conditions would be met again and again."""
+        here = self.time, self.row, self.star, self.written_out, self.depth, self.symbols.plain
+        key = (what, here, len(self.normal.names))
+        if key not in self._written:
+            found = write()
+            self._written[key] = found if extent(found, MAX_PART) <= MAX_PART else TOO_LONG
+        return self._written[key]
+
+    def _node(self, n: Node, at: str) -> Math:
         match n.op:
             case "param":
                 return self.symbols.param(str(n.attr("name")))
@@ -245,27 +304,22 @@ class Printer(Conditions):
             case "shift":
                 return self._shift(n)
             case "max_v" | "lse_v":
-                s = self.symbols.set(n.args[1])
-                under = Rel("∈", Sym("v", "v"), s) if s else Sym("v", "v")
-                if n.op == "lse_v":
-                    mass = Big("Σ", under, Call(Sym("exp", r"\exp"), (self.expr(n.args[0], "v"),)))
-                    dist = only_dist(self.normal.poly(n.args[0], "v"))
-                    if dist is not None:
-                        mass = Big("Σ", under, self.atom(Atom("P", dist, "v")))
-                    return Fn("log", mass)
-                return Big("max", under, self.expr(n.args[0], "v"))
+                return self._deeper(lambda: self._over_entries(n))
             case "quantile_b":
                 return Call(Sym(f"quantile_{n.attr('share'):g}", words(f"quantile {n.attr('share'):g}")),
                             (self.expr(n.args[0]),))  # fmt: skip
             case "group_max" | "max_b" if n.args[0].op == "neg":
-                least = Big("min", Text(_OVER[n.op]), self.moved(n.args[0].args[0], row="j"))
+                least = Big("min", _over(_OVER[n.op]), self.moved(n.args[0].args[0], row="j"))
                 return Add(((False, least),))
             case "group_max" | "max_b":
-                return Big("max", Text(_OVER[n.op]), self.moved(n.args[0], row="j"))
+                return Big("max", _over(_OVER[n.op]), self.moved(n.args[0], row="j"))
+            case "sum_t" if self.normal.poly(n.args[0]) == constant(1.0):
+                row = f"^{self.row}" if self.row else ""
+                return Sym(f"|y{row}|", rf"|y{row}|")
             case "sum_t":
                 return Big("Σ", Sym("k", "k"), self.moved(n.args[0], "k"))
             case "group_sum" | "others_sum" | "position_sum" | "sum_b":
-                return Big("Σ", Text(_OVER[n.op]), self.moved(n.args[0], row="j"))
+                return Big("Σ", _over(_OVER[n.op]), self.moved(n.args[0], row="j"))
             case "score_tail":
                 self.symbols.used["score_tail", n.id] = n
                 tails = [k for k in self.symbols.used if k[0] == "score_tail"]
@@ -278,6 +332,17 @@ class Printer(Conditions):
                     [(True, mul([on, self.expr(yes, at)])), (True, mul([off, self.expr(no, at)]))]
                 )
         return Call(Sym(n.op, words(n.op)), tuple(self.expr(a, at) for a in n.args))
+
+    def _over_entries(self, n: Node) -> Math:
+        s = self.symbols.set(n.args[1])
+        under = Rel("∈", self.letter, s) if s else self.letter
+        if n.op == "max_v":
+            return Big("max", under, self.expr(n.args[0], "v"))
+        mass = Big("Σ", under, Call(Sym("exp", r"\exp"), (self.expr(n.args[0], "v"),)))
+        dist = only_dist(self.normal.poly(n.args[0], "v"))
+        if dist is not None:
+            mass = Big("Σ", under, self.atom(Atom("P", dist, "v")))
+        return Fn("log", mass)
 
     def _input(self, n: Node) -> Math:
         row = f"^{self.row}" if self.row else ""
@@ -294,7 +359,7 @@ class Printer(Conditions):
                 name = str(n.attr("critic")).split(".")[-1]
                 t = self.time if len(self.time) == 1 else "{" + self.time + "}"
                 return Call(Sym(name, name if len(name) == 1 else words(name)),
-                            (Sym(f"s_{t}", f"s_{{{self.time}}}"),))  # fmt: skip
+                            (Sym(f"s_{t}", f"s_{t}".replace("−", "-")),))  # fmt: skip
             case "special" | "field":
                 return Ind(self.condition(n))
             case "variable":
@@ -319,7 +384,7 @@ class Printer(Conditions):
         if is_mean(n):
             if top.op == "sum_t":
                 return Big("mean", Sym("k", "k"), self.moved(top.args[0], "k"))
-            return Big("mean", Text(_OVER[top.op]), self.moved(top.args[0], row="j"))
+            return Big("mean", _over(_OVER[top.op]), self.moved(top.args[0], row="j"))
         if is_softmax(n):
             return Big("softmax", Text("group"), self.expr(top.args[0].args[0]))
         return Frac(self.expr(top, at), self.expr(bottom, at))
@@ -372,6 +437,15 @@ class Printer(Conditions):
                     window = Atom("window", (n.args[0].id, int(n.attr("n"))))  # type: ignore[call-overload]
                     out[(m - {(x, p)}) | {(window, 1.0)}] = -c
         return out
+
+
+def _over(text: str) -> Math:
+    """What a sum over rows runs over: `j ∈ group`, or words."""
+    for op in ("≠", "∈"):
+        left, sign, right = text.partition(f" {op} ")
+        if sign:
+            return Rel(op, Sym(left, left), Sym("i", "i") if right == "i" else Text(right))
+    return Sym(text, text) if len(text) == 1 else Text(text)
 
 
 def _means(a: Poly) -> Poly:

@@ -18,7 +18,15 @@ def states(spec: Spec) -> list[str]:
             out.append(f"{share}y from {'the given data' if s.policy == 'data' else s.policy}")
             continue
         who = {"student": "π_θ", "old": f"π_θ of {s.lag} step{'s' * (s.lag != 1)} ago"}
-        text = f"{share}y ~ {who.get(s.policy, 'π_' + s.policy)}(· | x)"
+        named = {name: "π_θ" if name == "student" else f"π_{name}" for _, name in s.parts}
+        if s.policy == "blend":
+            drawn = " + ".join(f"{w:g} {named[name]}" for w, name in s.parts)
+            text = f"{share}y_t ~ {drawn}"
+        elif s.policy == "interleaved":
+            draft, judge = (named[name] for _, name in s.parts)
+            text = f"{share}y_t ~ {draft} where {judge} has it in its top {s.accept}, else {judge}"
+        else:
+            text = f"{share}y ~ {who.get(s.policy, 'π_' + s.policy)}(· | x)"
         bits = [f"{s.group} per prompt", f"temperature {s.temperature:g}"]
         if s.top_p != 1:
             bits.append(f"top-p {s.top_p:g}")
@@ -40,14 +48,22 @@ def _share(s: StateSource) -> str:
 
 
 def teachers(spec: Spec) -> list[str]:
-    out = []
+    """What every teacher is; teachers of one kind are said together."""
+    kinds: dict[str, list[TeacherDecl]] = {}
     for t in spec.teachers:
-        out.append(
-            f"{t.name} = {_kind(t)}" + (f" where {t.when[0]} is {t.when[1]}" if t.when else "")
-        )
+        kinds.setdefault(_kind(t), []).append(t)
+    out = []
+    for kind, alike in kinds.items():
+        names = ", ".join(t.name + _when(t) for t in alike)
+        each = kind.replace("an external model", "external models") if len(alike) > 1 else kind
+        out.append(f"{names}: {each}" if _when(alike[0]) else f"{names} = {each}")
     for r in spec.routed:
         out.append(f"{r.name} = the one of {', '.join(r.parts)} that fits the prompt")
     return out
+
+
+def _when(t: TeacherDecl) -> str:
+    return f" where {t.when[0]} is {t.when[1]}" if t.when else ""
 
 
 def _kind(t: TeacherDecl) -> str:
@@ -80,7 +96,7 @@ def route(spec: Spec) -> str:
     parts = []
     for r in routes:
         names = ", ".join(t.name for t in spec.feedback_terms if t.route == r)
-        parts.append(f"{names}: {words[r]}")
+        parts.append(f"{names}: {'direct loss' if r == 'loss' else words[r]}")
     return "; ".join(parts)
 
 

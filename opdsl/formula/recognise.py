@@ -65,8 +65,16 @@ def recognised(a: Poly, known: bool = True) -> Poly:
                 ((m, c),) = body.items()
                 out = plus(out, {outer | {(Atom("sum", (sid, m)), 1.0)}: c})
             else:
-                out = plus(out, {outer | {(Atom("total", (sid, frozen(body))), 1.0)}: 1.0})
+                k = _scale(body)
+                whole = Atom("total", (sid, frozen(scaled(body, 1 / k))))
+                out = plus(out, {outer | {(whole, 1.0)}: k})
     return _symmetric(out) if known else out
+
+
+def _scale(a: Poly) -> float:
+    """The number that stands before every summand."""
+    sizes = {round(abs(c), 12) for c in a.values()}
+    return sizes.pop() if len(sizes) == 1 else 1.0
 
 
 def _shared(a: Poly) -> list[Poly]:
@@ -96,8 +104,12 @@ def _split(sid: int, body: Poly) -> tuple[list[tuple[Divergence, float]], Poly]:
         k = logs.get(own, 0.0) if own is not None else 0.0
         total = -sum(logs[d] for d in others)
         detached = own is not None and own != p
-        if k and others and abs(k - total) < 1e-9 and all(logs[d] * k < 0 for d in others):
+        if others and abs(k - total) < 1e-9 and (not k or all(logs[d] * k < 0 for d in others)):
             found += [(Divergence("KL", sid, p, d, None, detached), -logs[d]) for d in others]
+            continue
+        if k and others and all(logs[d] * k < 0 for d in others):  # KL, and entropy beside it
+            found += [(Divergence("KL", sid, p, d, None, detached), -logs[d]) for d in others]
+            found.append((Divergence("H", sid, p, None, None, detached), total - k))
             continue
         if k:
             found.append((Divergence("H", sid, p, None, None, detached), -k))

@@ -29,6 +29,7 @@ from opdsl.formula.notation import (
     unicode,
     words,
 )
+from opdsl.formula.push import Push, push
 from opdsl.formula.recognise import Divergence
 from opdsl.ir.derive import strip
 from opdsl.ir.program import Part, Program, Row
@@ -47,6 +48,7 @@ class Block:
     u: str
     l: str
     note: str
+    note_l: str  # the note in LaTeX
     items: tuple[tuple[bool, Math], ...]
 
 
@@ -54,9 +56,14 @@ class Block:
 class Formula:
     blocks: tuple[Block, ...]
     where: tuple[Definition, ...]
-    gradient: tuple[Field, ...]
+    gradient: tuple[Field, ...]  # the coefficients c
+    push: tuple[Push, ...]  # Δz of every term
     names: Names
-    glossary: tuple[str, ...]  # letters that no definition explains
+    letters: tuple[tuple[Sym, str], ...]  # letters that no definition explains
+
+    @property
+    def glossary(self) -> tuple[str, ...]:
+        return tuple(f"{s.u} {text}" for s, text in self.letters)
 
 
 def formula(spec: Spec, program: Program) -> Formula:
@@ -64,11 +71,12 @@ def formula(spec: Spec, program: Program) -> Formula:
     names = named(spec)
     late: list[Definition] = []
     blocks = [b for part in program.parts for b in _blocks(names, part, late)]
+    pushes = tuple(push(names, t) for t in spec.terms)
     found = tuple(f for t in spec.terms for f in fields(names, t))
     where = [*_sets(names), *names.definitions, *late]
     where += _rest(names, where)
     sets = [d for d in _sets(names) if d not in where]
-    return Formula(tuple(blocks), (*sets, *where), found, names, _glossary(spec, program))
+    return Formula(tuple(blocks), (*sets, *where), found, pushes, names, _letters(spec))
 
 
 # ---- the loss --------------------------------------------------------------------------------
@@ -82,43 +90,51 @@ def _blocks(names: Names, part: Part, late: list[Definition]) -> list[Block]:
     out = []
     for i, rows in enumerate(groups.values()):
         mark = "*" if golden else ("′" * i)
-        u, l, note = _prefix(names, rows, mark, golden)
+        u, l, notes = _prefix(names, rows, mark, golden)
         items: list[tuple[bool, Math]] = []
         old, names.printer.star = names.printer.star, golden
         for row in rows:
             items += _items(names, row, late)
         names.printer.star = old
-        out.append(Block(u, l, note, tuple(items)))
+        out.append(Block(u, l, *notes, tuple(items)))
     return out
 
 
-def _prefix(names: Names, rows: list[Row], mark: str, golden: bool) -> tuple[str, str, str]:
-    """The reduction, in unicode and LaTeX, and what its denominator is."""
+def _prefix(
+    names: Names, rows: list[Row], mark: str, golden: bool
+) -> tuple[str, str, tuple[str, str]]:
+    """The reduction and what its denominator is, both in unicode and LaTeX."""
     text = "of the given text" if golden else "of the batch"
     star = "^*" if golden else "'" * len(mark)
+
+    def note(letter: str, means: str, front: tuple[str, str] = ("", "")) -> tuple[str, str]:
+        return (
+            f"{letter}{mark} = {front[0]}{means} {text}",
+            rf"{letter}{star} = {front[1]}\text{{{means} {text}}}",
+        )
+
+    tokens = f"1/N{mark} Σ_t", rf"\frac{{1}}{{N{star}}} \sum_t"
     match names.spec.aggregate:
         case "sum":
-            return "Σ_t", r"\sum_t", ""
+            return "Σ_t", r"\sum_t", ("", "")
         case "tokens":
-            return (
-                f"1/N{mark} Σ_t",
-                rf"\frac{{1}}{{N{star}}} \sum_t",
-                f"N{mark} = response tokens {text}",
-            )
+            return *tokens, note("N", "response tokens")
         case "kept_tokens":
-            gate = unicode(names.printer.expr(rows[0].term.gate))
-            kept = f"Σ_t {gate}" if gate != "1" else "response tokens"
-            return (
-                f"1/N{mark} Σ_t",
-                rf"\frac{{1}}{{N{star}}} \sum_t",
-                f"N{mark} = {kept}, the kept tokens {text}",
-            )
+            gate = names.printer.expr(rows[0].term.gate)
+            if unicode(gate) == "1":
+                return *tokens, note("N", "response tokens, the kept tokens")
+            kept = f"Σ_t {unicode(gate)}, ", rf"\sum_t {latex(gate)},\ "
+            return *tokens, note("N", "the kept tokens", kept)
         case "response_length":
-            return f"Σ_i 1/|y{mark}| Σ_t", rf"\sum_i \frac{{1}}{{|y{star}|}} \sum_t", ""
+            return (
+                f"Σ_i 1/|y{mark}| Σ_t",
+                rf"\sum_i \frac{{1}}{{|y{star}|}} \sum_t",
+                ("", ""),
+            )
     return (
         f"1/B{mark} Σ_i 1/|y{mark}| Σ_t",
         rf"\frac{{1}}{{B{star}}} \sum_i \frac{{1}}{{|y{star}|}} \sum_t",
-        f"B{mark} = sequences {text}",
+        note("B", "sequences"),
     )
 
 
@@ -176,24 +192,26 @@ def display(f: Formula) -> str:
     return rf"L(\theta) = {out}"
 
 
-def _glossary(spec: Spec, program: Program) -> tuple[str, ...]:
+def _letters(spec: Spec) -> tuple[tuple[Sym, str], ...]:
     """Letters that stand for what is handed in."""
     nodes = nodes_below([x for t in spec.terms for x in (t.loss, t.gate, t.weight)])
     inputs = {n.attr("name") for n in nodes if n.op == "input"}
     ops = {n.op for n in nodes}
-    out = []
+    out: list[tuple[Sym, str]] = []
     if "rollout_logp" in inputs:
-        out.append("μ the policy that sampled")
+        out.append((Sym("μ", r"\mu"), "the policy that sampled"))
     if "others_sum" in ops:
-        out.append("j the other rollouts of the prompt")
+        out.append((Sym("j", "j"), "the other rollouts of the prompt"))
     elif ops & {"group_sum", "group_max"}:
-        out.append("j the rollouts of the prompt")
+        out.append((Sym("j", "j"), "the rollouts of the prompt"))
     if any(n.op == "logp" and n.attr("dist") == "initial" for n in nodes):
-        out.append("π_0 the student at step 0")
+        out.append((Sym("π_0", r"\pi_0"), "the student at step 0"))
     if "outcome" in inputs:
-        out.append("R the verifier's reward")
+        out.append((Sym("R", "R"), "the verifier's reward"))
     if "values" in inputs:
-        out.append(f"{', '.join(c.name.split('.')[-1] for c in spec.critics)} the critic")
+        names = [c.name.split(".")[-1] for c in spec.critics]
+        l = ", ".join(n if len(n) == 1 else words(n) for n in names)
+        out.append((Sym(", ".join(names), l), "the critic"))
     return tuple(out)
 
 
@@ -211,17 +229,20 @@ def _sets(names: Names) -> list[Definition]:
         assert isinstance(base, Node)
         s = names.symbols.set(base)
         assert s is not None
-        notes = []
+        notes: list[tuple[str, str]] = []
         if ("bin", base.id) in names.symbols.used:
-            notes.append(f"{s.u}⁺: and one entry for the rest")
+            text = "and one entry for the rest"
+            notes.append((f"{s.u}⁺: {text}", rf"{s.l}^+\colon\ \text{{{text}}}"))
         tails = {t.support.tail for t in names.spec.terms if t.support.base is base}
         if "renormalize" in tails:
-            notes.append(f"π̂(v) = π(v)/π({s.u})")
+            notes.append((f"π̂(v) = π(v)/π({s.u})", rf"\hat{{\pi}}(v) = \pi(v) / \pi({s.l})"))
         if "drop" in tails or "detach" in tails:
-            notes.append("the rest dropped")
+            notes.append(("the rest dropped", r"\text{the rest dropped}"))
         if "sampled" in tails:
-            notes.append("the rest by its sampled token")
-        out.append(Definition(s, "=", names.symbols.described(base), "; ".join(notes)))
+            text = "the rest by its sampled token"
+            notes.append((text, rf"\text{{{text}}}"))
+        note, note_l = ("; ".join(x) for x in zip(*notes)) if notes else ("", "")
+        out.append(Definition(s, "=", names.symbols.described(base), note, note_l))
     return out
 
 
@@ -239,9 +260,9 @@ def _rest(names: Names, before: list[Definition]) -> list[Definition]:
                 continue
             done.add(key)
             out += _letter(names, key)
-        kinds: dict[str, list[Divergence]] = {}
+        kinds: dict[tuple[str, bool], list[Divergence]] = {}
         for d in names.printer.divergences.values():
-            kinds.setdefault(d.kind, []).append(d)
+            kinds.setdefault((d.kind, d.detached), []).append(d)
         for kind, found in kinds.items():
             if ("div", kind) not in done:
                 done.add(("div", kind))
@@ -262,8 +283,13 @@ def _ratio(names: Names, a: Dist, b: Dist) -> Definition:
     left = printer.difference(Atom("diff", (a, b), "v"), True)
     v = (Sym("v", "v"),)
     gap = [(s, Fn("log", Call(names.symbols.dist(d), v))) for s, d in ((True, a), (False, b))]
-    note = "ℓ_t is ℓ_t(y_t)" if printer.ratios[a, b] else ""
-    return Definition(left, "=", add(gap), note)
+    if not printer.ratios[a, b]:
+        return Definition(left, "=", add(gap))
+    at_y = printer.difference(Atom("diff", (a, b), "y"), True)
+    u, l = unicode(at_y), latex(at_y)
+    return Definition(
+        left, "=", add(gap), f"{u} is {u}(y_t)", rf"{l}\ \text{{is}}\ {l}\left(y_t\right)"
+    )
 
 
 def _letter(names: Names, key: tuple) -> list[Definition]:

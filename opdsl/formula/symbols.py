@@ -38,7 +38,9 @@ class Named:
             return Sym(self.u, self.l)
         index = time if len(time) == 1 else "{" + time + "}"
         up, lp = (f"^{row}", f"^{{{row}}}") if row else ("", "")
-        return Sym(f"{self.u}_{index}{up}", f"{self.l}_{{{time}}}{lp}")
+        below = index.replace("−", "-")
+        bare = self.l.rstrip("'")  # primes stand behind the index: A_t'^j is fine, A'_t^j is not
+        return Sym(f"{self.u}_{index}{up}", f"{bare}_{below}{self.l[len(bare) :]}{lp}")
 
 
 def primed(letter: str, command: str, count: int, style: str = "value", rank: int = 0) -> Named:
@@ -131,10 +133,10 @@ class Symbols:
                 k = f"{s.attr('k')}"
                 if s.op == "top_p":
                     return Call(
-                        Sym(f"nucleus-{s.attr('p'):g}", words(f"nucleus-{s.attr('p'):g}")),
+                        Sym(f"nucleus-{s.attr('p'):g}", rf"\text{{nucleus-{s.attr('p'):g}}}"),
                         (of,),
                     )
-                return Call(Sym(f"top-{k}", words(f"top-{k}")), (of,))
+                return Call(Sym(f"top-{k}", rf"\text{{top-{k}}}"), (of,))
             case "with_bin":
                 return self.described(s.args[0])
         sign = ("∪", r"\cup") if s.op == "union" else ("∩", r"\cap")

@@ -82,7 +82,9 @@ class Adjoint:
                 continue
             rule = getattr(self, f"_{node.op}", None)
             if rule is None:  # a quantile is a threshold: frozen, whatever it is taken of
-                assert node.op in ("logp", "input", "quantile_b"), f"no derivative of {node.op}"
+                assert node.op in ("logp", "input", "quantile_b", "rank_t"), (
+                    f"no derivative of {node.op}"
+                )
                 continue
             rule(node, a)
         return self
@@ -272,6 +274,19 @@ class Adjoint:
         self.give(x, flow, n)
         if c.q.live:
             self.give(c, b.mul(flow, b.shift(n, 1)), n)
+
+    def _scan_fwd(self, n: Node, a: Node) -> None:
+        b, (x, c) = self.b, n.args
+        flow = b.make("scan", (_at(b, a, Axis.TOK), c), n.q.with_(live=False, info=Info.FUTURE))
+        self.give(x, flow, n)
+        if c.q.live:
+            self.give(c, b.mul(b.shift(flow, 1), n), n)
+
+    def _max_t(self, n: Node, a: Node) -> None:
+        b, x = self.b, n.args[0]
+        top = b.where(b.compare("==", x, n), b.const(1.0), b.const(0.0))
+        ties = b.couple("sum_t", _at(b, top, Axis.TOK), Axis.SEQ, Info.FUTURE)
+        self.give(x, b.div(b.mul(_at(b, a, Axis.SEQ), top), ties), x)
 
     def _group_max(self, n: Node, a: Node) -> None:
         b, x = self.b, n.args[0]

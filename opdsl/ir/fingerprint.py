@@ -56,7 +56,7 @@ def fingerprints(program: Program) -> dict[str, str]:
 def _state(s) -> list:
     return [
         s.kind,
-        s.policy,
+        (s.policy, s.parts, s.accept) if s.parts else s.policy,
         str(s.share),
         s.temperature,
         s.top_p,

@@ -186,6 +186,11 @@ class Evaluator:
             if batch.special_N is None:
                 return torch.zeros(lay.n_rows, dtype=torch.bool)
             return batch.special_N
+        if name == "noise":
+            assert batch.place_N is not None
+            return torch.tensor(
+                [_uniform(int(p), batch.step, int(n.attr("k"))) for p in batch.place_N]
+            )  # type: ignore[call-overload]
         if name == "field":
             prompt = _need(batch.prompt, "prompt")
             key, want = n.attr("field"), n.attr("equals")
@@ -384,9 +389,7 @@ class Evaluator:
 
     def _where(self, n: Node, *xs: Tensor) -> Tensor:
         test, yes, no = self._align(n, *xs)
-        test = test.bool()
-        shape = torch.broadcast_shapes(test.shape, yes.shape, no.shape)
-        return torch.where(test.expand(shape), yes.expand(shape), no.expand(shape))
+        return torch.where(*torch.broadcast_tensors(test.bool(), yes, no))
 
     def _sg(self, n: Node, x: Tensor) -> Tensor:
         return x.detach()
@@ -439,6 +442,30 @@ class Evaluator:
             for r in reversed(rows):
                 after = a[r] + c[r] * after
                 out[r] = after
+        return _stack(out)
+
+    def _scan_fwd(self, n: Node, a: Tensor, c: Tensor) -> Tensor:
+        a = self._tokens(self.lift(a, n.args[0], Axis.TOK))
+        c = self._tokens(self.lift(c, n.args[1], Axis.TOK))
+        out: list[Tensor] = [self.number(0.0)] * self.batch.layout.n_rows
+        for rows in self.seqs:
+            before = self.number(0.0)
+            for r in rows:
+                out[r] = a[r] + before
+                before = c[r] * out[r]
+        return _stack(out)
+
+    def _max_t(self, n: Node, x: Tensor) -> Tensor:
+        x = self._tokens(x)
+        zero = self.number(0.0)
+        return _stack([x[rows].max() if rows else zero for rows in self.seqs])
+
+    def _rank_t(self, n: Node, x: Tensor) -> Tensor:
+        x = self._tokens(x).detach()
+        out: list[Tensor] = [self.number(0.0)] * self.batch.layout.n_rows
+        for rows in self.seqs:
+            for r in rows:
+                out[r] = self.number(sum(float(x[o] < x[r]) for o in rows) / len(rows))
         return _stack(out)
 
     def _shift(self, n: Node, x: Tensor) -> Tensor:
@@ -500,6 +527,14 @@ class Evaluator:
 
     def _quantile_b(self, n: Node, x: Tensor) -> Tensor:
         return torch.quantile(x.detach().double(), float(n.attr("share")))  # type: ignore[arg-type]
+
+
+def _uniform(place: int, step: int, k: int) -> float:
+    """One draw in [0, 1) per place, step and call site: a 31-bit mix, the same everywhere."""
+    x = (place * 747796405 + step * 891213001 + k * 277803737 + 12345) & 0x7FFFFFFF
+    for factor in (1103515245, 1566083941):
+        x = ((x ^ (x >> 15)) * factor) & 0x7FFFFFFF
+    return ((x ^ (x >> 13)) & 0x7FFFFFFF) / 2147483648.0
 
 
 def _stack(xs: list[Tensor]) -> Tensor:

@@ -46,6 +46,7 @@ def needs(program: Program) -> Needs:
     inputs = {str(n.attr("name")) for n in nodes if n.op == "input"}
     fields = {str(n.attr("field")) for n in nodes if n.op == "input" and n.attr("name") == "field"}
     fields |= {t.when[0] for t in spec.teachers if t.when}
+    fields = {f for f in fields if not f.startswith("@")}  # "@source": the state source fills it
     dists = {str(n.attr("dist")) for n in nodes if n.op == "logp"}
     grouped = {"group_sum", "group_max", "others_sum"}
     from opdsl.ir.stages import stage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from opdsl.codes import make
 from opdsl.diagnostics import Label, Report
+from opdsl.meaning.allowed import marked
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 from opdsl.meaning.spec import ACCESS_ORDER, Spec
@@ -103,13 +104,12 @@ def check_access(spec: Spec, report: Report) -> None:
             helps = [f"teacher {part} = external(access = {need.text})"]
             if few:
                 helps.append(f"ask for at most {decl.k}, or use `tail = bin` on a smaller support")
-            report.add(
-                make(
-                    "OPD401",
-                    need.span,
-                    message,
-                    f"needs access = {need.text}",
-                    secondary=[Label(decl.span, f"gives access = {gives}")],
-                    helps=helps,
-                )
+            found = make(
+                "OPD401",
+                need.span,
+                message,
+                f"needs access = {need.text}",
+                secondary=[Label(decl.span, f"gives access = {gives}")],
+                helps=helps,
             )
+            report.add(marked(spec.acceptances, found))

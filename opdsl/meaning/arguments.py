@@ -217,4 +217,5 @@ def in_domain(
                 f"{what} is {x:g}, outside {domain.span.text.strip()}",
                 f"{x:g} is {edge}",
                 secondary=secondary,
+                helps=["choose a value inside, or widen the range where it is declared"],
             )

@@ -38,11 +38,11 @@ def reduce_vocab(
                 "support full                                no cut",
             ],
         )
-    if over_support and domain.tail == "renormalize" and domain.base.op == "sampled":
-        el.fail(
+    if over_support and domain.tail == "renormalize" and domain.single:
+        el.object(
             "OPD312",
             e.span,
-            "a single token renormalised is the constant 1: this is identically zero",
+            "a single entry renormalised is the constant 1: every divergence on it is zero",
             "renormalised over one entry",
             helps=["support full", "support top(32, of = T, tail = bin)"],
         )
@@ -124,11 +124,16 @@ def reduce_rows(el: Elaborator, e: tree.Reduce, name: str, rows: str, body: Node
     """Reductions over the tokens of a sequence, the rollouts of a prompt, or the batch."""
     b = el.b
     if name == "softmax":
-        if rows != "group":
+        if rows not in ("group", "sequence"):
             _unknown_reduction(el, e, name, ("sum", "mean", "max", "min"))
         top = _fold(el, body, rows, "max", e)
         share = b.exp(b.sub(body, b.sg(top)))
         return b.div(share, _fold(el, share, rows, "sum", e))
+    if name == "rank":
+        if rows != "sequence":
+            _unknown_reduction(el, e, name, ("sum", "mean", "max", "min", "std"))
+        q = Quantity(Axis.TOK, "real", 0, 1, Info.FUTURE)
+        return b.make("rank_t", (lift(el, b.number(body), Axis.TOK),), q)
     if name == "min":
         return b.neg(_fold(el, b.neg(body), rows, "max", e))
     if name == "std":
@@ -172,9 +177,7 @@ def _fold(el: Elaborator, x: Node, rows: str, how: str, e: tree.Reduce) -> Node:
     x = lift(el, x, axis)
     info = Info.FUTURE if rows in ("sequence",) else Info.PROMPT
     if rows == "sequence":
-        if how == "max":
-            el.fail("OPD121", e.span, "`max` along a sequence is not available", "sum or mean")
-        return b.couple("sum_t", x, Axis.SEQ, Info.FUTURE)
+        return b.couple("sum_t" if how == "sum" else "max_t", x, Axis.SEQ, Info.FUTURE)
     if rows == "group":
         out = Axis.PROMPT if axis is Axis.SEQ else Axis.TOK
         return b.couple("group_sum" if how == "sum" else "group_max", x, out, info)
@@ -252,6 +255,10 @@ def call_builtin(el: Elaborator, name: str, e: tree.Call, env: Env) -> vl.Value:
         if not isinstance(el.ev(args[0], env), vl.IndexY):
             el.fail("OPD202", args[0].span, "`special` tests the sampled token", "write special(y)")
         return vl.Num(b.input("special", Quantity(Axis.TOK, "bool", 0, 1, Info.ACTION)))
+    if name == "chance":
+        return _chance(el, _positional(el, name, e, 1)[0], env)
+    if name == "drawn":
+        return _drawn(el, _positional(el, name, e, 1)[0], env)
     if name in ("sg", "live"):
         args = _positional(el, name, e, 1)
         value = el.ev(args[0], env)
@@ -294,6 +301,37 @@ def call_builtin(el: Elaborator, name: str, e: tree.Call, env: Env) -> vl.Value:
         return vl.Num(b.couple("quantile_b", x, Axis.CONST, Info.PROMPT, share=share))
     arg = _positional(el, name, e, 1)[0]
     return vl.Num(_unary(el, name, arg, env))
+
+
+def _chance(el: Elaborator, e: tree.Expr, env: Env) -> vl.Value:
+    """True with a probability: one draw a token, the same for the same step and place."""
+    b, p = el.b, el.number(e, env)
+    if p.q.axis is Axis.VOCAB or p.q.unit in ("nats", "logprob", "reward", "bool"):
+        el.fail("OPD201", e.span, "a chance is one probability per token", p.q.describe())
+    k = sum(n.op == "input" and n.attr("name") == "noise" for n in b.nodes)
+    noise = b.input("noise", Quantity(Axis.TOK, "real", 0, 1, Info.STATE), k=k)
+    return vl.Num(b.compare("<", noise, p))
+
+
+def _drawn(el: Elaborator, e: tree.Expr, env: Env) -> vl.Value:
+    """Whether the text of a row comes from a policy: `drawn(data)`, `drawn(student)`, `drawn(T)`."""
+    if not isinstance(e, tree.Name):
+        el.fail("OPD202", e.span, "`drawn` takes the name of a policy", "drawn(student)")
+    assert isinstance(e, tree.Name)
+    if e.name not in el.policies:
+        near = closest(e.name, el.policies)
+        el.fail(
+            "OPD101",
+            e.span,
+            f"no `state` of this method draws from `{e.name}`",
+            f"did you mean `{near}`?" if near else "not among its states",
+            notes=[f"its states draw from: {', '.join(el.policies)}"] if el.policies else [],
+        )
+    q = Quantity(Axis.SEQ, "bool", 0, 1, info=Info.PROMPT)
+    return vl.Num(el.b.input("field", q, field=SOURCE_FIELD, equals=e.name))
+
+
+SOURCE_FIELD = "@source"  # no spelling of the language reaches it
 
 
 def _unary(el: Elaborator, name: str, arg: tree.Expr, env: Env) -> Node:

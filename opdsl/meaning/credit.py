@@ -15,6 +15,7 @@ from opdsl.syntax import tree
 @record
 class Credited:
     advantage: Node
+    returned: Node  # before a baseline is subtracted
     credit: str  # as written
     baseline: str | None
 
@@ -45,7 +46,7 @@ def credited(el: Elaborator, e: tree.Expr, env: Env, signal: Node) -> Credited:
         "credit",
         ("immediate", "return_to_go", "gae(V = V, gamma = 1, lam = 0.95)"),
     )
-    credit = lift(el, credit, Axis.TOK)
+    credit = returned = lift(el, credit, Axis.TOK)
     name = None
     if baseline is not None:
         name = baseline.span.text.strip()
@@ -56,7 +57,7 @@ def credited(el: Elaborator, e: tree.Expr, env: Env, signal: Node) -> Credited:
                 )
         else:
             name = None
-    return Credited(credit, e.span.text.strip(), name)
+    return Credited(credit, returned, e.span.text.strip(), name)
 
 
 def _baseline_support(el: Elaborator) -> vl.Domain | None:

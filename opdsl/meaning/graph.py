@@ -37,9 +37,15 @@ def reads(node: Node, name: str) -> bool:
 
 def static_value(node: Node) -> float | None:
     """The number a node stands for before any batch, or None."""
-    if node.value is not None:
+    if node.value is not None or not node.args:
         return node.value
-    args = [static_value(a) for a in node.args]
+    known: dict[int, float | None] = {}
+    for n in nodes_below([node]):
+        known[n.id] = n.value if n.value is not None else _static(n, [known[a.id] for a in n.args])
+    return known[node.id]
+
+
+def _static(node: Node, args: list[float | None]) -> float | None:
     if not args or any(a is None for a in args):
         return None
     x = [float(a) for a in args if a is not None]

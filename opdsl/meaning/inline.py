@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opdsl.meaning import values as vl
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node, compatible_units
 from opdsl.meaning.quantity import Axis, Info, Quantity
 from opdsl.meaning.recurrence import NotAffine, affine
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
     from opdsl.meaning.infer import Env
 
 
+MAX_CALLS = 40
+
+
 @record
 class RecRef(vl.Value):
-    """The quantity a recurrence is defining; only its next value may be read."""
+    """The quantity a recurrence is defining; only its next or its last value may be read."""
 
     name: str
     next: Node
+    last: Node
 
 
 class Inliner:
@@ -40,7 +45,14 @@ class Inliner:
         from opdsl.meaning.arguments import bind
 
         d = func.definition
-        if any(name == d.name.name for _, name in self._calls) or len(self._calls) > 40:
+        if len(self._calls) > MAX_CALLS:
+            self.fail(
+                "OPD009",
+                span,
+                "definitions call one another too deeply for anyone to follow",
+                f"more than {MAX_CALLS} calls inside one another",
+            )
+        if any(name == d.name.name for _, name in self._calls):
             self.fail(
                 "OPD123",
                 span,
@@ -106,6 +118,7 @@ class Inliner:
                 span,
                 f"`{name}` is declared {type_.span.text.strip()} but is in {have}",
                 f"this is {node.q.describe()}",
+                helps=[f"declare it `: {node.q.describe()}`, or change what it computes"],
             )
         if node.q.axis > axis:
             self.fail(
@@ -139,20 +152,30 @@ class Inliner:
             )
         name = binding.name.name
         q = Quantity(Axis.TOK, "nats", info=Info.FUTURE, live=True)
-        hole = self.b.input("next", q, of=name, depth=len(self._calls), id=self.steps)
-        env.names[name] = RecRef(name, hole)
+        key = {"of": name, "depth": len(self._calls), "id": self.steps}
+        holes = RecRef(name, self.b.input("next", q, **key), self.b.input("last", q, **key))
+        env.names[name] = holes
         right = self.number(binding.value, env)
+        below = nodes_below([right])
+        back = holes.last in below
+        if back and holes.next in below:
+            self.fail(
+                "OPD124",
+                binding.span,
+                "a recurrence runs one way: backward from t + 1 or forward from t - 1",
+                f"both {name}[t + 1] and {name}[t - 1] are read",
+            )
         try:
-            a, c = affine(self.b, right, hole)
+            a, c = affine(self.b, right, holes.last if back else holes.next)
         except NotAffine:
             self.fail(
                 "OPD124",
                 binding.span,
-                "a recurrence must be linear in its own next value",
-                f"{name}[t] = a + b * {name}[t + 1]",
-                helps=["min, max, exp … of the next value cannot be compiled to a scan"],
+                "a recurrence must be linear in its own neighbour",
+                f"{name}[t] = a + b * {name}[t {'-' if back else '+'} 1]",
+                helps=["min, max, exp … of the neighbour cannot be compiled to a scan"],
             )
-        node = self.b.scan(a, c)
+        node = self.b.scan_fwd(a, c) if back else self.b.scan(a, c)
         if node.q.axis < Axis.TOK:
             one = self.b.input("one", Quantity(Axis.TOK, "real", 1, 1, Info.STATE))
             node = self.b.mul(node, one)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from opdsl.codes import make
 from opdsl.diagnostics import Diagnostic, Label, Report
+from opdsl.resources import here, is_file, is_folder, resolved
 from opdsl.source import Source
 from opdsl.syntax import tree
 
@@ -62,6 +63,9 @@ BUILTIN_FUNCTIONS = frozenset(
         "sigmoid",
         "tanh",
         "special",
+        "chance",
+        "rank",
+        "drawn",
         "mean",
         "sum",
         "std",
@@ -122,10 +126,14 @@ class Scope:
 
 
 def closest(name: str, candidates: Iterable[str]) -> str | None:
-    """The best did-you-mean, if any is near enough."""
-    pool = {c.lower(): c for c in sorted(set(candidates))}
-    near = difflib.get_close_matches(name.lower(), list(pool), n=1, cutoff=0.6)
-    return pool[near[0]] if near else None
+    """The best did-you-mean, if any is near enough; of `t` and `T`, the one written like it."""
+    pool: dict[str, list[str]] = {}
+    for c in sorted(set(candidates)):
+        pool.setdefault(c.lower(), []).append(c)
+    near = difflib.get_close_matches(name.lower()[:80], list(pool), n=1, cutoff=0.6)
+    if not near:
+        return None
+    return max(pool[near[0]], key=lambda c: sum(a == b for a, b in zip(c, name)))
 
 
 Parse = Callable[[Source], tuple[tree.File | None, tuple[Diagnostic, ...]]]
@@ -199,6 +207,7 @@ class Loader:
         self._files: dict[Path, Scope | None] = {}
         self._std: Scope | None = None
         self.root: Path | None = None
+        self.lost: set[str] = set()  # words of what could not be read or imported
 
     # -- the standard library ------------------------------------------------------------
     def std(self) -> Scope:
@@ -211,13 +220,14 @@ class Loader:
 
     # -- files ---------------------------------------------------------------------------
     def load_main(self, source: Source) -> tuple[Scope, tree.File | None]:
-        path = Path(source.path).resolve() if source.path else None
+        path = resolved(Path(source.path)) if source.path else None
         self.root = self._root_of(path)
         file, problems = self.parse(source)
         for d in problems:
             self.report.add(d)
         scope = Scope(source, parent=self.std())
         if file is not None:
+            self.lost |= file.lost
             self._fill(scope, file, path, (path,) if path else ())
         return scope, file
 
@@ -226,16 +236,16 @@ class Loader:
         shipped = self.shipped.resolve()
         if shipped in path.parents:
             return f"specs/{path.relative_to(shipped).as_posix()}"
-        cwd = Path.cwd().resolve()
+        cwd = here()
         return str(path.relative_to(cwd)) if cwd in path.parents else str(path)
 
     def _root_of(self, path: Path | None) -> Path:
         if path is None:
-            return Path.cwd().resolve()
+            return here()
         shipped = self.shipped.resolve()
         if shipped in path.parents:
             return shipped
-        cwd = Path.cwd().resolve()
+        cwd = here()
         return cwd if cwd in path.parents else path.parent
 
     def _fill(
@@ -288,10 +298,13 @@ class Loader:
     def _import(
         self, scope: Scope, imp: tree.Import, path: Path | None, chain: tuple[Path, ...]
     ) -> None:
+        names = {name.name for name in imp.names}
         target = self._locate(imp, path)
         if target is None:
+            self.lost |= names
             return
         if target in chain:
+            self.lost |= names
             names = " -> ".join(p.name for p in (*chain[chain.index(target) :], target))
             self.report.add(
                 make(
@@ -304,12 +317,14 @@ class Loader:
             )
             return
         if len(chain) >= MAX_IMPORT_DEPTH or len(self._files) >= MAX_IMPORTS:
+            self.lost |= names
             self.report.add(
                 make("OPD114", imp.target_span, "imports nest too deeply", "the chain ends here")
             )
             return
         found = self._load(target, chain, imp)
         if found is None:
+            self.lost |= names
             return
         for name in imp.names:
             method = found.methods.get(name.name)
@@ -319,7 +334,8 @@ class Loader:
             elif definition is not None:
                 scope.defs[name.name] = definition
                 scope.def_scopes[name.name] = found.def_scopes.get(name.name, found)
-            else:
+            elif name.name not in self.lost:  # else that file has an error where it stands
+                self.lost.add(name.name)
                 near = closest(name.name, [*found.methods, *found.defs])
                 helps = [f"did you mean `{near}`?"] if near else []
                 have = ", ".join(sorted([*found.methods, *found.defs])) or "nothing"
@@ -336,18 +352,18 @@ class Loader:
 
     def _locate(self, imp: tree.Import, path: Path | None) -> Path | None:
         if not imp.is_file:
-            target = (self.shipped / (imp.target.replace(".", "/") + ".opd")).resolve()
-            if target.is_file():
+            target = resolved(self.shipped / (imp.target.replace(".", "/") + ".opd"))
+            if is_file(target):
                 return target
             self._not_found(imp, [p.stem for p in self.shipped.rglob("*.opd")])
             return None
         text = imp.target
-        base = path.parent if path is not None else Path.cwd()
-        target = (base / text).resolve()
+        base = path.parent if path is not None else here()
+        target = resolved(base / text)
         roots = [r for r in (self.root, self.shipped.resolve()) if r is not None]
         if Path(text).is_absolute() or not any(r == target or r in target.parents for r in roots):
-            inside = (self.shipped / Path(text).name).resolve()
-            if not Path(text).is_absolute() and not target.exists() and inside.is_file():
+            inside = resolved(self.shipped / Path(text).name)
+            if not Path(text).is_absolute() and not is_file(target) and is_file(inside):
                 return inside
             self.report.add(
                 make(
@@ -359,21 +375,22 @@ class Loader:
                 )
             )
             return None
-        if target.is_file():
+        if is_file(target):
             return target
         for base in (self.shipped,):
-            inside = (base / text).resolve()
-            if base.resolve() in inside.parents and inside.is_file():
+            inside = resolved(base / text)
+            if base.resolve() in inside.parents and is_file(inside):
                 return inside
         self._not_found(
-            imp, [p.name for p in target.parent.glob("*.opd")] if target.parent.is_dir() else []
+            imp, [p.name for p in target.parent.glob("*.opd")] if is_folder(target.parent) else []
         )
         return None
 
     def _not_found(self, imp: tree.Import, nearby: list[str]) -> None:
         stem = Path(imp.target).name
         near = closest(stem, nearby)
-        helps = [f"a file of a close name: {near}"] if near else []
+        there = near == stem  # a folder, a pipe, a link that leads nowhere
+        helps = [f"a file of a close name: {near}"] if near and not there else []
         shipped = sorted(p.stem for p in self.shipped.glob("*.opd"))
         helps.append(
             'shipped specs are found from anywhere: import "./sampled_opd.opd" (sampled_opd)'
@@ -383,7 +400,7 @@ class Loader:
                 "OPD113",
                 imp.target_span,
                 f"cannot find {imp.target}",
-                "no such file",
+                "this is not a file" if there else "no such file",
                 notes=[f"shipped: {', '.join(shipped[:12])}"] if shipped else [],
                 helps=helps,
             )
@@ -406,6 +423,7 @@ class Loader:
             self.report.add(d)
         if file is None:
             return None
+        self.lost |= file.lost
         scope = Scope(source, parent=self.std())
         self._fill(scope, file, target, (*chain, target))
         self._files[target] = scope

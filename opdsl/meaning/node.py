@@ -78,7 +78,9 @@ OPS: dict[str, str] = {
     # coupling along and across sequences
     "sum_t": "sum over the tokens of the sequence",
     "scan": "G[t] = a[t] + b[t] G[t+1], 0 after the last token",
-    "scan_fwd": "adjoint of scan: G[t] = a[t] + b[t-1] G[t-1]",
+    "scan_fwd": "G[t] = a[t] + b[t-1] G[t-1], 0 before the first token; adjoint of scan",
+    "max_t": "maximum over the tokens of the sequence",
+    "rank_t": "share of the sequence's tokens with a smaller value",
     "shift": "value n tokens later, 0 past the end (critics: their bootstrap)",
     "group_sum": "sum over the rollouts of the prompt (token values: at the same position)",
     "group_max": "maximum over the rollouts of the prompt",
@@ -95,6 +97,8 @@ COUPLING_OPS = frozenset(
         "sum_t",
         "scan",
         "scan_fwd",
+        "max_t",
+        "rank_t",
         "shift",
         "group_sum",
         "group_max",
@@ -150,6 +154,11 @@ class Builder:
     def __init__(self) -> None:
         self._table: dict[tuple, Node] = {}
         self.span: Span = NOWHERE  # where the user wrote what is being built
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Every node made so far, arguments before their users."""
+        return tuple(self._table.values())
 
     # -- core --------------------------------------------------------------------------
     def make(
@@ -533,7 +542,7 @@ class Builder:
             args = tuple(self.shift(a, n) for a in x.args)
             return self.make(x.op, args, x.q.with_(info=Info.FUTURE), **dict(x.attrs))
         q = x.q.with_(
-            info=Info.FUTURE if n > 0 else x.q.info,
+            info=_moved(x.q.info, n),
             low=min(x.q.low, 0.0),
             high=max(x.q.high, 0.0),
         )
@@ -551,8 +560,26 @@ class Builder:
         )
         return self.make("scan", (a, b), q)
 
+    def scan_fwd(self, a: Node, b: Node) -> Node:
+        """C[t] = a[t] + b[t] C[t-1]: what happened up to a token, its own value included."""
+        a, b = self.number(a), self.number(b)
+        if b.is_const(0):
+            return a
+        low = 0.0 if a.q.low >= 0 and b.q.low >= 0 else -qt.INF
+        high = 0.0 if a.q.high <= 0 and b.q.low >= 0 else qt.INF
+        q = qt.join(a.q, b.q).with_(axis=Axis.TOK, unit=a.q.unit, low=low, high=high)
+        return self.make("scan_fwd", (a, self.shift(b, 1)), q)
+
 
 # ---- units -------------------------------------------------------------------------------
+
+
+def _moved(info: Info, n: int) -> Info:
+    """Measurability of a value n tokens later: an earlier token's action is part of the state."""
+    if n > 0:
+        return Info.FUTURE
+    return min(info, Info.STATE) if info <= Info.ACTION else info
+
 
 NEUTRAL = frozenset({"real", "int", "weight", "gate", "bool"})
 

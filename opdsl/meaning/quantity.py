@@ -108,9 +108,8 @@ def interval_div(a: Quantity, b: Quantity) -> tuple[float, float]:
     if b.low > 0 or b.high < 0:
         inverse = Quantity(low=1 / b.high, high=1 / b.low)
         return interval_mul(a, inverse)
-    if b.low == 0:  # positive divisor that may touch zero
-        if a.low >= 0:
-            return (0.0 if b.high == INF else a.low / b.high), INF
+    if b.low == 0 and a.low >= 0:  # positive divisor that may touch zero
+        return (0.0 if b.high == INF else a.low / b.high), INF
     return -INF, INF
 
 

@@ -124,14 +124,17 @@ def _counterfactual(
                 "strength": "strength = min(5, -A)",
                 "otherwise": "otherwise = proportional",
             }[key]
-            el.fail(
+            report = el.object if key == "otherwise" else el.fail
+            report(
                 "OPD313",
                 e.span,
                 f"this routing does not say {why}",
                 f"`{key}` is missing",
                 helps=[example],
             )
-    otherwise = word(el, args["otherwise"], FALLBACKS, "a fallback")
+    otherwise = "suppress"  # what silence means where R42 is allowed: the plain softmax spill
+    if "otherwise" in args:
+        otherwise = word(el, args["otherwise"], FALLBACKS, "a fallback")
     trigger = el.truth(args["when"], env)
     among = el.domain(args["among"], env).plain
     not_y = b.not_(b.is_y(among.base))
@@ -140,7 +143,7 @@ def _counterfactual(
     inner = env.child(v=vl.IndexV(domain))
     raw = el.number(args["toward"], inner)
     if raw.q.high <= 0 and raw.value != 0:
-        el.fail(
+        el.object(
             "OPD320",
             args["toward"].span,
             "a routing target is a share of mass: this is never positive",

@@ -83,7 +83,7 @@ def _state(
 ) -> StateSource:
     name = _func_name(e)
     known = ("rollouts", "sequences", "mix", "interleaved")
-    if name not in ("rollouts", "sequences"):
+    if name not in ("rollouts", "sequences", "interleaved"):
         near = closest(name or e.span.text, known)
         el.fail(
             "OPD121",
@@ -100,8 +100,18 @@ def _state(
         policy, _ = _policy(el, args.get("policy"), e, env, ("data", "golden", *teachers))
         return StateSource("sequences", policy, share, span=e.span)
     options = ("policy", "temperature", "top_p", "top_k", "group", "max_tokens", "prefix")
-    args = named(el, e, options, ("policy",))
-    policy, lag = _policy(el, args.get("policy"), e, env, ("student", "old", *teachers))
+    parts: tuple[tuple[float, str], ...] = ()
+    accept, lag = None, 0
+    if name == "interleaved":
+        args = named(el, e, ("draft", "judge", "accept", *options[1:]), ("draft", "judge"))
+        policy, parts, accept = _interleaved(el, args, e, env, teachers)
+    else:
+        args = named(el, e, options, ("policy",))
+        blend = _blend(el, args.get("policy"), env, teachers)
+        if blend:
+            policy, parts = "blend", blend
+        else:
+            policy, lag = _policy(el, args.get("policy"), e, env, ("student", "old", *teachers))
 
     def option(key: str, low: float, high: float, default: float | None) -> float | None:
         if key not in args:
@@ -138,8 +148,56 @@ def _state(
         whole("max_tokens", None),
         lag,
         whole("prefix", None),
+        parts,
+        accept,
         e.span,
     )
+
+
+def _blend(
+    el: Elaborator, arg: tree.Expr | None, env: Env, teachers: tuple[str, ...]
+) -> tuple[tuple[float, str], ...]:
+    """`0.8 * student + 0.2 * T`: every token is drawn from a mixture of policies (MiniLLM)."""
+    if not isinstance(arg, tree.Binary):
+        return ()
+    value = el.dist(arg, env)
+    parts: list[tuple[float, str]] = []
+    for weight, part in value.parts if isinstance(value, vl.MixDist) else ():
+        share = static_value(weight)
+        if not isinstance(part, vl.LeafDist) or part.name not in ("student", *teachers):
+            el.fail("OPD121", arg.span, "only the student and teachers can draw tokens", part.kind)
+        if share is None:
+            el.fail("OPD122", arg.span, "the shares of a mixed sampler are fixed numbers", "")
+        parts.append((float(share), part.name))  # type: ignore[arg-type,union-attr]
+    total = sum(share for share, _ in parts)
+    if not parts or abs(total - 1) > 1e-9:
+        el.fail(
+            "OPD110",
+            arg.span,
+            f"the shares of a mixed sampler sum to 1, these sum to {total:g}",
+            "shares",
+            helps=["state rollouts(0.8 * student + 0.2 * T)"],
+        )
+    return tuple(parts)
+
+
+def _interleaved(
+    el: Elaborator, args: dict, e: tree.Call, env: Env, teachers: tuple[str, ...]
+) -> tuple[str, tuple[tuple[float, str], ...], int]:
+    """`interleaved(student, T, accept = top(25))`: the draft's token stays where the judge has it
+    among its top k; otherwise the judge draws (SKD, arXiv 2410.11325)."""
+    example = ["state interleaved(student, T, accept = top(25))"]
+    names = [
+        _policy(el, args.get(key), e, env, ("student", *teachers))[0] for key in ("draft", "judge")
+    ]
+    rule = args.get("accept")
+    if rule is None or _func_name(rule) != "top" or not isinstance(rule, tree.Call):
+        span = e.span if rule is None else rule.span
+        el.fail("OPD105", span, "which draft tokens stay?", "`accept = top(k)`", helps=example)
+    k = el.static(rule.args[0].value, env, "`k`") if rule.args else 0  # type: ignore[union-attr]
+    if not (1 <= k <= 1e6 and float(k).is_integer()):
+        el.fail("OPD110", rule.span, f"`k` is a whole number from 1, this is {k:g}", "outside")
+    return "interleaved", ((1.0, names[0]), (1.0, names[1])), int(k)
 
 
 def _policy(

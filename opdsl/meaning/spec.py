@@ -37,7 +37,7 @@ class StateSource:
     """Whose prefixes the feedback is measured on."""
 
     kind: str  # "rollouts" | "sequences"
-    policy: str  # "student" | "old" | "data" | "golden" | a teacher
+    policy: str  # "student" | "old" | "data" | "golden" | a teacher | "blend" | "interleaved"
     share: float | Schedule = 1.0
     temperature: float = 1.0
     top_p: float = 1.0
@@ -46,6 +46,8 @@ class StateSource:
     max_tokens: int | None = None
     lag: int = 0
     prefix: int | None = None
+    parts: tuple[tuple[float, str], ...] = ()  # "blend": shares of the policies, per token
+    accept: int | None = None  # "interleaved": a draft token in the judge's top k stays
     span: Span = NOWHERE
 
 
@@ -153,6 +155,7 @@ class Term:
     feedback: Node | None = None  # as written
     signal: Node | None = None  # frozen, shaped reward
     advantage: Node | None = None  # result of credit and baseline
+    returned: Node | None = None  # result of credit alone
     routing: Routing = SUPPRESS
     credit: str | None = None  # as written
     baseline: str | None = None

@@ -73,9 +73,11 @@ class Elaboration:
         before = len(self.report.items)
         flat = self.flattener.flatten(decl, scope)
         frame = Frame(flat, Env(scope))
+        self.el.acceptances = self._acceptances(flat)
         self._names(frame)
         self._settings_known(frame)
         states = self._states(frame)
+        self.el.policies = tuple(dict.fromkeys(s.policy for s in states))
         terms = self._terms(frame, states)
         terms += self._regularizers(frame)
         aggregate = self._aggregate(frame)
@@ -85,7 +87,8 @@ class Elaboration:
         acceptances = self._acceptances(flat)
         if not flat.sections.get("feedback") and not flat.terms:
             self._missing(flat, "feedback", "feedback loss KL(student || T)")
-        if any(d.severity == "error" for d in self.report.items[before:]):
+        found = self.report.items[before:]
+        if any(d.severity == "error" and d.overridden is None for d in found):
             return None
         return Spec(
             name=decl.name.name,

@@ -132,11 +132,11 @@ def _support(el: Elaborator, parts: Parts) -> vl.Domain | None:
                 f"{inner}, tail = drop)         forget the rest (not a divergence)",
             ],
         )
-    if not cut and domain.base.op == "sampled" and domain.tail == "renormalize":
-        el.fail(
+    if domain.single and domain.tail == "renormalize":
+        el.object(
             "OPD312",
             section.value.span,
-            "a single token renormalised is the constant 1: every divergence on it is zero",
+            "a single entry renormalised is the constant 1: every divergence on it is zero",
             "one entry, renormalised",
             helps=["support sampled", "support full"],
         )
@@ -200,6 +200,8 @@ def _by_route(
     if route_name in ("loss", "scores"):
         _no_credit(el, parts, feedback, route_name, credit, routing, shape)
         if route_name == "loss":
+            if credit is not None:  # R07 allowed: the rule, applied to the live loss
+                value = credited(el, credit[0].value, credit[1], value).advantage
             return value, {}
         lp = b.at_set(b.logp("student", True), parts_domain(el).base)
         loss = b.neg(b.sum_v(b.mul(b.sg(value), lp), parts_domain(el).base))
@@ -227,6 +229,7 @@ def _by_route(
     extra: dict[str, object] = {
         "signal": signal,
         "advantage": advantage,
+        "returned": b.sg(result.returned),
         "credit": result.credit,
         "baseline": result.baseline,
     }
@@ -245,7 +248,7 @@ def parts_domain(el: Elaborator) -> vl.Domain:
 def _no_credit(el: Elaborator, parts, feedback, route_name, credit, routing, shape) -> None:
     if credit is not None:
         what = feedback.value.span.text.strip()
-        el.fail(
+        el.object(
             "OPD301",
             credit[0].span,
             "credit has nothing to credit: this feedback is a direct loss"
@@ -295,7 +298,9 @@ def _product(
         spans.setdefault(kind, section.value.span)
         if node.q.unit == "bool":
             node = b.where(node, b.const(1.0), b.const(0.0))
-        out = b.mul(out, freeze(el, node))
+        factor = freeze(el, node)
+        spans.setdefault(f"{kind} %{factor.id}", section.value.span)  # each where it is written
+        out = b.mul(out, factor)
     return None if failed else out
 
 
@@ -341,7 +346,7 @@ def _check_factor(el: Elaborator, section: tree.Section, node: Node, kind: str) 
                 helps=[f"weight {text}", f"gate   clip({text}, 0, 1)"],
             )
     elif node.q.low < 0:
-        el.fail(
+        el.object(
             "OPD207",
             span,
             "a weight is never negative, this one can be",

@@ -49,7 +49,15 @@ def use_method(
         )
         return []
     if frame.prefix.count(".") > 8:
-        ela.report.add(make("OPD114", func.span, "methods use each other in a circle", "ends here"))
+        ela.report.add(
+            make(
+                "OPD114",
+                func.span,
+                "methods use each other in a circle, or more than 8 deep",
+                f"`{func.name}` is not followed any further",
+                helps=["write the inner terms in this method, or break the circle"],
+            )
+        )
         return []
     flat = ela.flattener.flatten(*found)
     inner = NewFrame(flat, Env(found[1]), f"{frame.prefix}{name}.")
@@ -64,6 +72,7 @@ def use_method(
     frame.params += inner.params
     frame.critics += inner.critics
     frame.flat.accepts += [Scoped(a.stmt, a.scope, True) for a in flat.accepts]
+    ela.el.acceptances += ela._acceptances(flat)
     terms = ela._terms(inner, states)
     return [_regate(ela, frame, name, t, len(terms)) for t in terms]
 

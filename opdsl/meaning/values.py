@@ -85,6 +85,11 @@ class Domain(Value):
     kind = "index set"
 
     @property
+    def single(self) -> bool:
+        """One entry, whichever it is."""
+        return self.base.op == "sampled" or (self.base.op == "top" and self.base.attr("k") == 1)
+
+    @property
     def plain(self) -> Domain:
         """The entries alone: no bucket, no renormalisation."""
         return Domain(self.base, self.base, None, self.mask)

@@ -1,9 +1,10 @@
-"""`accept` and `allow`: which reports a specification has acknowledged, and which it need not."""
+"""Which reports a specification has acknowledged, and acknowledgements that nothing needs."""
 
 from __future__ import annotations
 
-from opdsl.codes import CODES, make
-from opdsl.diagnostics import Diagnostic, Report, Severity
+from opdsl.codes import make
+from opdsl.diagnostics import Diagnostic, Report
+from opdsl.meaning.allowed import covers
 from opdsl.meaning.spec import Spec
 
 
@@ -14,7 +15,7 @@ def apply_acceptances(spec: Spec, report: Report) -> None:
     for d in report.items:
         hit = None
         for i, a in enumerate(spec.acceptances):
-            if _covers(a.keyword, a.rule, d):
+            if covers(a, d):
                 used.add(i)
                 hit = hit or a
         items.append(d.with_override(hit.reason) if hit is not None else d)
@@ -31,10 +32,3 @@ def apply_acceptances(spec: Spec, report: Report) -> None:
             )
         )
     report.items[:] = items
-
-
-def _covers(keyword: str, rule: str, d: Diagnostic) -> bool:
-    if keyword == "accept" and d.severity is Severity.ERROR:
-        return False
-    named = {d.code, d.slug, CODES[d.code].rule}
-    return rule in named and d.code[3] in "2345"

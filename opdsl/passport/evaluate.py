@@ -42,8 +42,8 @@ class World:
             x = self.teacher
         else:
             rng = np.random.default_rng([self.seed, *dist.encode()])
-            x = _normal(rng.normal(0, 1.3, (S, 1, V)))
-        return x if temperature == 1 else _normal(x / temperature)
+            x = normal(rng.normal(0, 1.3, (S, 1, V)))
+        return x if temperature == 1 else normal(x / temperature)
 
     @cached_property
     def pi(self) -> np.ndarray:
@@ -80,12 +80,12 @@ def random_world(seed: int = 0, spread: float = 1.3, primary: str = "") -> World
     rng = np.random.default_rng(seed)
 
     def draw() -> np.ndarray:
-        return _normal(rng.normal(0, spread, (S, 1, V)))
+        return normal(rng.normal(0, spread, (S, 1, V)))
 
     return World(draw(), draw(), draw(), seed, primary)
 
 
-def _normal(x: np.ndarray) -> np.ndarray:
+def normal(x: np.ndarray) -> np.ndarray:
     top = x.max(-1, keepdims=True)
     return x - top - np.log(np.exp(x - top).sum(-1, keepdims=True))
 
@@ -154,7 +154,9 @@ class Evaluator:
             case "values":  # a function of the state; zero where nothing is left to say
                 same = self.world.student is self.world.teacher
                 return np.zeros((S, 1)) if same else self.rng.normal(size=(S, 1))
-            case "position" | "length" | "step":
+            case "position":  # not the same at every state
+                return (np.arange(S) % 6)[:, None].astype(float)
+            case "length" | "step":
                 return np.float64(3)
         return np.float64("nan")
 
@@ -266,6 +268,9 @@ class Evaluator:
 
     def _logaddexp(self, n: Node, *xs: np.ndarray) -> np.ndarray:
         return np.logaddexp(*self._align(n, *xs))
+
+    def _log1mexp(self, n: Node, x: np.ndarray) -> np.ndarray:
+        return np.log(np.maximum(-np.expm1(x), 1e-300))
 
     # -- conditions -----------------------------------------------------------------------------------
     def _lt(self, n: Node, *xs: np.ndarray) -> np.ndarray:

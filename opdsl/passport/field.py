@@ -38,6 +38,7 @@ def per_token(spec: Spec, loss: Node, world: World) -> np.ndarray | None:
     return total
 
 
+@np.errstate(all="ignore")  # what overflows is not finite, and every reader asks for that
 def _logits(c: Cotangent, run: Evaluator, world: World) -> np.ndarray:
     g = np.zeros((S, V, V))
     if c.at_y is not None:
@@ -174,51 +175,74 @@ def _binned(world: World, mask: np.ndarray) -> np.ndarray:
 def divergence(spec: Spec, term: Term) -> str | None:
     """The loss of a term as a sum of known comparisons, by its values: `KL(student ‖ T)`,
     `0.5 JSD_0.3(T ‖ student)`; None if it is none of them."""
-    teachers = [t for t in term.teachers if t != "initial"]
-    if len(teachers) > 1:
-        return None
-    fits = [_fit(spec, term, random_world(*where)) for where in ((23, 1.3), (24, 4.0))]
-    near, far = fits
-    if near is None or far is None or set(near) != set(far):
-        return None
-    return _sum(near) if all(abs(near[n] - far[n]) < 1e-6 for n in near) else None
+    return named(spec, term)[0]
 
 
-def _fit(spec: Spec, term: Term, world: World) -> dict[str, float] | None:
-    """Comparison -> coefficient, for the values of a loss in one world."""
+def named(spec: Spec, term: Term) -> tuple[str | None, str | None]:
+    """(the loss in known comparisons, the tail rule they are taken under). A loss over a raw
+    support may renormalise, or add an entry for the rest, by hand."""
+    tail = term.support.tail
+    if len([t for t in term.teachers if t != "initial"]) > 1:
+        return None, tail
+    by_hand = ("renormalize", "bin") if tail == "drop" and not _holds(term.loss) else ()
+    for rule in (tail, *by_hand):
+        near, far = (
+            _fit(spec, term, random_world(*where), rule) for where in ((23, 1.3), (24, 4.0))
+        )
+        if near is None or far is None or set(near) != set(far):
+            continue
+        if all(abs(near[n] - far[n]) < 1e-6 for n in near):
+            return _sum(near), rule
+    return None, tail
+
+
+def _holds(loss: Node) -> bool:
+    """A stop-gradient of something live: values say less than the gradient then."""
+    return any(n.op == "sg" and n.args[0].q.live for n in nodes_below([loss]))
+
+
+def _fit(spec: Spec, term: Term, world: World, tail: str | None) -> dict[str, float] | None:
+    """Comparison -> coefficient, for the values of a loss in one world, under a tail rule."""
     try:
         run = Evaluator(world)
         value_SY = run.token(expand_tails(spec.builder, term.loss))
         if not np.abs(value_SY - value_SY[:, :1]).max() <= TINY:  # also where it is NaN
             return None
-        pairs = _sides(term, world, run)
+        pairs = _sides(term, world, run, tail)
     except (Unknown, ValueError):
         return None
     value = value_SY[:, 0]
+    if np.abs(value).max() <= TINY:
+        return None  # a constant 0 compares nothing
     fixed = {x for n in nodes_below([term.loss]) if (x := static_value(n)) is not None}
     betas = {x for x in (*fixed, *(float(np.exp(x)) for x in fixed if -9 < x < 0)) if 0 < x < 1}
     basis = _values(*pairs, sorted({round(x, 12) for x in betas}))
     size = max(float(np.abs(value).max()), 1e-3)
     for name, x in basis.items():
-        k = float((value @ x) / (x @ x))
+        k = float((value @ x) / max(float(x @ x), 1e-300))
         if abs(k) > 1e-9 and np.abs(value - k * x).max() < 1e-9 * size:
             return {name: k}
     names = [n for n in basis if n.split("(")[0] in ("KL", "H") and "+" not in n]
     a = np.stack([basis[n] for n in names], 1)
+    if not np.isfinite(a).all() or not np.isfinite(value).all():
+        return None
     k, *_ = np.linalg.lstsq(a, value, rcond=None)
     found = {n: float(x) for n, x in zip(names, k) if abs(x) > 1e-7}
     return found if len(found) <= 3 and np.abs(a @ k - value).max() < 1e-8 * size else None
 
 
-def _sides(term: Term, world: World, run: Evaluator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Student, teacher and start [S, W] on the support of a term, under its tail rule."""
+def _sides(
+    term: Term, world: World, run: Evaluator, tail: str | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Student, teacher and start [S, W] on the support of a term, under a tail rule."""
     out = []
     mask = np.broadcast_to(run.mask(term.support.base)[:, 0], (S, V))
     for p in (world.pi, world.q, world.p0):
         inside = np.where(mask, p, 0.0)
-        if term.support.tail == "renormalize":
-            inside = inside / inside.sum(1, keepdims=True)
-        if term.support.tail == "bin":
+        if tail == "renormalize":
+            mass = inside.sum(1, keepdims=True)  # nothing where the set is empty
+            inside = inside / np.where(mass > 0, mass, 1.0)
+        if tail == "bin":
             inside = np.concatenate([inside, np.where(mask, 0.0, p).sum(1, keepdims=True)], 1)
         out.append(inside)
     return out[0], out[1], out[2]

@@ -14,12 +14,12 @@ import numpy as np
 
 from opdsl.ir.derive import cotangents
 from opdsl.ir.program import expand_tails
-from opdsl.meaning.graph import dists_below, nodes_below, static_value
-from opdsl.meaning.node import Node
+from opdsl.meaning.graph import dists_below, nodes_below, reads, static_value
 from opdsl.meaning.quantity import Info
 from opdsl.meaning.spec import Schedule, Spec, Term
 from opdsl.passport import field
-from opdsl.passport.returns import credit_of
+from opdsl.passport.local import Claims
+from opdsl.passport.returns import credit_of, scales_only
 
 RKL, FKL = "KL(student||T)", "KL(T||student)"
 
@@ -40,6 +40,10 @@ class View:
         b, term = self.spec.builder, self.term
         if term.route == "reward" and term.signal is not None:
             lp = b.at_y(b.logp("student", True))
+            if self.credit.kind == "immediate" and term.advantage is not None:
+                own = field.shape(self.spec, b.neg(b.mul(term.advantage, lp)), self.teacher)
+                if own is not None or not scales_only(term):
+                    return own
             return field.shape(self.spec, b.neg(b.mul(term.signal, lp)), self.teacher)
         return field.shape(self.spec, term.loss, self.teacher)
 
@@ -61,19 +65,31 @@ class View:
         return any(n.op == "logp" and n.attr("dist") == "student" for n in nodes_below(live))
 
     @cached_property
+    def misdrawn(self) -> bool:
+        """Reads sampled tokens as its own student's, which another policy drew (T8)."""
+        if drawn_as_is(self.spec) or reads(self.term.weight, "rollout_logp"):
+            return False
+        found = cotangents(self.spec.builder, expand_tails(self.spec.builder, self.term.loss))
+        return self.term.rows == "main" and any(c.at_y is not None for c in found)
+
+    @cached_property
     def cut(self) -> str | None:
-        """The tail rule of a cut support that the loss runs over."""
-        tail, s = self.term.support.tail, self.term.support
+        """The tail rule of a cut support that the loss runs over, written out or not."""
+        s = self.term.support
         used = any(
             n.op in ("sum_v", "lse_v") and n.args[1] in (s.set, s.base)
             for n in nodes_below([self.term.loss])
         )
-        return tail if used else None
+        return self._named[1] if used else None
+
+    @cached_property
+    def _named(self) -> tuple[str | None, str | None]:
+        return field.named(self.spec, self.term)
 
     @cached_property
     def divergence(self) -> str:
         """The loss in words of distributions, `KL(student ‖ T)`; else as it was written."""
-        found = field.divergence(self.spec, self.term)
+        found = self._named[0]
         if found is not None:
             return re.sub(r"\bT\b", self.teacher, found)
         return " ".join(self.term.written.get("feedback", "a loss").split())
@@ -86,21 +102,25 @@ class View:
     # -- what it descends -----------------------------------------------------------------------
     @cached_property
     def objective(self) -> str:
+        text = self._follows()
+        if self.misdrawn and "not decided" not in text:
+            text += ", had the student as it is drawn the tokens"
+        return text
+
+    def _follows(self) -> str:
         term = self.term
         if term.route == "sft":
             return f"cross-entropy on given text: {self.divergence}"
         if term.route == "reward":
             return self._reward()
+        if self.shape is not None and self.shape.zero and self.plain and not self.misdrawn:
+            return "none: the expected gradient is zero"
         if term.route == "scores" or (self.sampled and term.teachers):
             return self._expected()
         where = " at visited states"
         if self.sampled:
             where = " over sampled tokens"
-        elif (
-            field.divergence(self.spec, term) is None
-            and self.shape is not None
-            and self.shape.parts
-        ):
+        elif self._named[0] is None and self.shape is not None and self.shape.parts:
             return self._expected() + self._support() + self._gated()
         return self.divergence + where + self._support() + self._gated()
 
@@ -152,7 +172,7 @@ class View:
             case "immediate":
                 if term.routing.kind == "drop":
                     kl = f"a one-sided {kl} with the same minimiser"
-                return f"Σ_t {kl} at visited states, states held fixed (J_fro){rerouted}"
+                return f"Σ_t {kl} at visited states, states held fixed (J_fro){self._gated()}{rerouted}"
             case "return_to_go" | "full":
                 text = f"{kl} of whole sequences (J_seq)"
                 if self.by_length:
@@ -165,7 +185,7 @@ class View:
                             else ""
                         )
                     )
-                return text + rerouted
+                return text + self._gated() + rerouted
             case "future":
                 return (
                     f"the part of {kl} of whole sequences that runs through later states{rerouted}"
@@ -184,7 +204,8 @@ class View:
 
     @property
     def by_length(self) -> bool:
-        return self.spec.aggregate in ("sequences", "response_length")
+        by = self.spec.aggregate in ("sequences", "response_length")
+        return by or self.credit.by_length
 
     def _signal_name(self) -> tuple[str, bool]:
         """What the signal pulls down, and whether that is a divergence at all."""
@@ -240,59 +261,17 @@ class View:
         r, gap = self._signal
         return bool((r * gap >= -1e-12).all() and (r * gap > 0).any())
 
-    # -- conservative? -----------------------------------------------------------------------------
-    def conservative(self, on_policy: bool) -> bool | None:
-        """Whether the term's field is a gradient of a scalar; None is not decided (T4, T9)."""
-        term, credit = self.term, self.credit
-        if term.rows == "golden":
-            return True
-        if self.shape is not None and self.shape.zero:
-            return True if term.route != "reward" or credit.kind == "immediate" else None
-        if term.route == "reward":
-            if credit.kind == "none":
-                return None
-            if credit.kind != "immediate" and not self.exact_signal:
-                return False if credit.kind == "discounted" else None
-            if term.routing.kind != "suppress" or not on_policy:
-                return False if credit.kind in ("immediate", "discounted", "window") else None
-            if credit.exact and self.plain:
-                if self.spec.aggregate in ("sequences", "response_length"):
-                    return False if credit.kind == "return_to_go" else None
-                return None if _tilted(self.spec) else True
-            if credit.kind == "gae":
-                if credit.gamma is not None and credit.gamma < 1:
-                    return False
-                return True if credit.lam == 1 and self.plain and not _tilted(self.spec) else None
-            if credit.kind in ("immediate", "discounted", "window"):
-                return False
-            return None
-        if on_policy:
-            return False
-        if term.route == "scores":
-            return True if self.shape is not None and self.shape.parts is not None else None
-        if self.reads_student or not self._row_local():
-            return None
-        return None if self.cut in ("detach", "sampled") or _holds_student(term.loss) else True
 
-    def _row_local(self) -> bool:
-        from opdsl.meaning.node import COUPLING_OPS
-
-        return not any(n.op in COUPLING_OPS for n in nodes_below([self.term.loss]))
-
-
-def _holds_student(loss: Node) -> bool:
-    """A stop-gradient of a student quantity inside the loss."""
-    return any(
-        n.op == "sg" and any(x.op == "logp" and x.q.live for x in nodes_below([n]))
-        for n in nodes_below([loss])
-    )
-
-
-def _tilted(spec: Spec) -> bool:
-    return any(
+def drawn_as_is(spec: Spec) -> bool:
+    """Every response is drawn from the student of now, neither tempered nor cut."""
+    return all(
         s.kind == "rollouts"
-        and (s.temperature != 1 or s.top_p != 1 or s.top_k or s.policy == "old")
+        and s.policy == "student"
+        and s.temperature == 1
+        and s.top_p == 1
+        and not s.top_k
         for s in spec.states
+        if _share(s.share) > 0
     )
 
 
@@ -363,27 +342,20 @@ def objective(found: list[View]) -> str | list[str]:
     return texts[0] if len(texts) == 1 else texts
 
 
-def conservative(spec: Spec, found: list[View]) -> tuple[bool | None, str]:
-    """(decision, reason)."""
+def conservative_reason(spec: Spec, found: list[View], claim: Claims) -> str:
+    """Why the field is the gradient of a scalar, or is not."""
     moving = on_policy(spec)
-    pair = split_kl(found)
-    if pair is not None and moving and not _tilted(spec) and spec.aggregate in ("sum", "tokens"):
-        rest = [v for v in found if v not in pair]
-        answers = [True, *(v.conservative(moving) for v in rest)]
-    else:
-        answers = [v.conservative(moving) for v in found]
-    if False in answers and answers.count(None) == 0:
-        return False, _why_not(found, moving)
-    if all(a is True for a in answers):
-        if all(v.shape is not None and v.shape.zero for v in found):
-            return True, "the zero field"
-        return True, "the sequence objective" if moving else "states do not move with the student"
-    if False in answers:
-        return False, _why_not(found, moving)
-    kinds = {v.credit.kind for v in found}
-    if "gae" in kinds:
-        return None, "yes with an exact critic; otherwise (1 − λ) times its error is left over"
-    return None, "not decided"
+    if claim.conservative is None:
+        return "not decided"
+    if not claim.conservative:
+        return _why_not(found, moving)
+    if claim.zero:
+        return "the zero field"
+    if any(v.credit.kind == "gae" and v.credit.lam != 1 for v in found):
+        return "with an exact critic; otherwise (1 − λ) times its error is left over"
+    if claim.j_seq:
+        return "the sequence objective"
+    return "an objective of whole sequences" if moving else "states do not move with the student"
 
 
 def _why_not(found: list[View], moving: bool) -> str:
@@ -396,6 +368,8 @@ def _why_not(found: list[View], moving: bool) -> str:
         return "returns cut short"
     if any(v.by_length and v.credit.kind == "return_to_go" for v in found):
         return "returns divided by the length"
+    if len(found) == 1 and "immediate" in kinds and found[0].shape and found[0].shape.only(RKL):
+        return "immediate credit drops E[∇log π_t · W(s_{t+1})], W the KL still to come"
     if "immediate" in kinds:
         return "immediate credit"
     return "frozen states" if moving else "frozen factors"

@@ -1,7 +1,8 @@
 """The bias passport: what a method's update is, computed from its program (theory §11.4).
 
-Every entry is decided by structure or by evaluating the derived field on small random states;
-what neither decides is None, printed as "not decided".
+Every entry is decided by structure or by evaluating the derived field on small random states; what
+neither decides is None, printed as "not decided". What the four claims mean (zero expected gradient,
+stationary at the teacher, conservative, unbiased) is said in `claims`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Node
 from opdsl.meaning.spec import Spec, Term
 from opdsl.passport import field
+from opdsl.passport.claims import claims
 from opdsl.passport.objective import (
     FKL,
     RKL,
     View,
-    conservative,
+    conservative_reason,
     objective,
     split_kl,
-    state_signal,
     views,
 )
+from opdsl.passport.rules import notes
 from opdsl.passport.target import UNDECIDED, fixed_point, main_terms, total_field, whole, world_of
 
 if TYPE_CHECKING:
@@ -38,17 +40,22 @@ def passport(compilation: Compilation) -> dict[str, Any]:
 
     spec, program = compilation.require()
     found = views(spec)
-    decided, reason = conservative(spec, found)
-    stationary, zero = _stationary(spec), _zero(spec, found)
+    claim = claims(spec)
+    rests = claim.stationary if claim.stationary is not None else _rests(spec)
+    target = fixed_point(spec, found, rests, claim.zero)
     need = needs(program)
     return {
         "objective": objective(found),
-        "conservative": decided,
-        "conservative_reason": reason,
-        "stationary_at_teacher": stationary,
-        "fixed_point": fixed_point(spec, found, stationary, zero),
-        "zero_expected_gradient": zero,
+        "conservative": claim.conservative,
+        "conservative_reason": conservative_reason(spec, found, claim),
+        "stationary_at_teacher": claim.stationary,
+        "fixed_point": target,
+        "zero_expected_gradient": claim.zero,
+        "unbiased": {"J_seq": claim.j_seq, "J_fro": claim.j_fro},
         "biases": biases(compilation),
+        "notes": [
+            {"code": d.code, "slug": d.slug, "statement": d.message} for d in notes(spec, target)
+        ],
         "descent": descent(spec, found),
         "variance": variance(spec, found),
         "routing": routing(found),
@@ -79,18 +86,15 @@ def biases(compilation: Compilation) -> list[dict[str, Any]]:
 # ---- the field at a state --------------------------------------------------------------------
 
 
-def _stationary(spec: Spec) -> bool | None:
-    """Whether the whole field vanishes where the student equals its teacher."""
+def _rests(spec: Spec) -> bool | None:
+    """Whether the field is zero exactly where the student equals its teacher, corners included:
+    the minimum of |x| is one, though no field next to it is small."""
     if not any(t not in ("initial",) for term in spec.terms for t in term.teachers):
         return None
-    world = world_of(spec, 11).at_teacher()
-    answers = [_vanishes(spec, t, world) for t in main_terms(spec)]
-    if any(a is False for a in answers):
-        return False
     if any(t.rows == "golden" for t in spec.terms):
         return False  # given text pulls elsewhere
-    if any(not t.teachers and a is None for t, a in zip(main_terms(spec), answers)):
-        return False  # a term that never sees the teacher
+    world = world_of(spec, 11).at_teacher()
+    answers = [_vanishes(spec, t, world) for t in main_terms(spec)]
     return True if all(answers) else None
 
 
@@ -101,24 +105,6 @@ def _vanishes(spec: Spec, term: Term, world: field.World) -> bool | None:
         if u is not None and np.isfinite(u).all() and np.abs(u).max() < 1e-8:
             return True
     return field.vanishes(spec, whole(spec, term), world)
-
-
-def _zero(spec: Spec, found: list[View]) -> bool | None:
-    """Whether the expected gradient of the whole method is zero."""
-    if all(state_signal(v.term) for v in found):
-        return True
-    answers = []
-    for v in found:
-        if v.term.rows == "golden":
-            answers.append(False)
-        elif v.term.route == "reward" and v.credit.kind not in ("immediate", "none"):
-            answers.append(False if v.shape is not None and not v.shape.zero else None)
-        else:
-            u = field.expected(spec, v.term.loss, world_of(spec, 5))
-            answers.append(None if u is None else bool(np.abs(u).max() < field.TINY))
-    if False in answers:
-        return False
-    return True if all(answers) else None
 
 
 # ---- descent, routing, variance --------------------------------------------------------------------
@@ -132,7 +118,7 @@ def descent(spec: Spec, found: list[View]) -> dict[str, str]:
     if len(main) == 1 and main[0].term.routing.kind == "counterfactual":
         return _routed(spec, main[0])
     if any(v.credit.kind not in ("none", "immediate") for v in main):
-        whole = [v for v in main if v.credit.exact and v.plain and not v.by_length]
+        whole = [v for v in main if v.credit.exact and v.plain and not (v.by_length or v.misdrawn)]
         if split_kl(main) or (len(whole) == len(main) and all(_sequence_kl(v) for v in whole)):
             only = "guaranteed for whole sequences (in expectation)"
             return {RKL: only, FKL: UNDECIDED}
@@ -149,14 +135,16 @@ def descent(spec: Spec, found: list[View]) -> dict[str, str]:
         own = (
             s.parts is not None and list(s.parts) == [name] and s.parts[name] > 0
         ) or s.scaled == name
-        if own:
+        if own and not any(v.misdrawn for v in main):
             out[name] = (
                 "guaranteed at visited states (in expectation)"
                 if _is_sampled(main)
                 else "guaranteed at visited states"
             )
         else:
-            out[name] = UNDECIDED if lower else "not guaranteed (counterexample at one state)"
+            out[name] = (
+                UNDECIDED if lower or own else "not guaranteed (counterexample at one state)"
+            )
     return out
 
 
@@ -229,11 +217,11 @@ def routing(found: list[View]) -> str:
         if v.term.kind != "feedback":
             continue
         if v.term.route != "reward":
-            text = "implicit: the loss itself says where mass goes" if v.term.teachers else ""
+            text = "implicit in the loss" if v.term.teachers else ""
         elif how.kind == "suppress":
             text = "suppress: a punished token's mass spills over the softmax"
         elif how.kind == "counterfactual":
-            text = f"counterfactual: to the candidates, {how.otherwise} where there is none"
+            text = f"counterfactual: to the candidates, else {how.otherwise}"
         elif how.kind == "proportional":
             text = "proportional: the other tokens keep their ratios"
         elif how.kind == "drop":

@@ -7,17 +7,19 @@ several mistakes give exactly that many reports, and the sections that are right
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from opdsl.diagnostics import CompileError, Diagnostic
+from opdsl.records import replace
 from opdsl.source import Source, Span
 from opdsl.syntax import build, explain, lalr, messages, outline, recover, stops, tokens, tree
 from opdsl.syntax.grammar import tables
 from opdsl.syntax.keywords import ALL_KEYWORDS, METHOD_KEYWORDS
 
-__all__ = ["parse", "read_source"]
+__all__ = ["decoded", "parse", "read_source"]
 
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 128 * 1024
 MAX_REPORTS = 20
 # Parsing again costs time in proportion to the tokens; a hopeless large text stops early.
 _MAX_WORK = 400_000
@@ -32,7 +34,8 @@ def parse(source: Source) -> tuple[tree.File | None, tuple[Diagnostic, ...]]:
     more than `MAX_REPORTS` errors.
     """
     if len(source.text) > MAX_BYTES or len(source.text.encode("utf-8", "replace")) > MAX_BYTES:
-        return None, (messages.too_large(Span(source, 0, 0), MAX_BYTES),)
+        whole = Source(source.name, "", source.path)  # its text is not worth keeping
+        return None, (messages.too_large(Span(whole, 0, 0), MAX_BYTES),)
     words, comments = tokens.scan(source)
     out = outline.outline(words, tokens.MAX_DEPTH)
     if out.deepest is not None:
@@ -41,7 +44,8 @@ def parse(source: Source) -> tuple[tree.File | None, tuple[Diagnostic, ...]]:
     found = _before_parsing(source, out)
     root = None
     work = 0
-    starts: frozenset[int] = recover.starts(out) if found else frozenset()
+    first = not found
+    starts: frozenset[int] = recover.starts(out) if found else recover.overrides(out)
     while len(found) < MAX_REPORTS and work <= _MAX_WORK:
         kept = recover.surviving(out, _HOLE)
         work += len(kept) + 1
@@ -49,8 +53,8 @@ def parse(source: Source) -> tuple[tree.File | None, tuple[Diagnostic, ...]]:
         if isinstance(result, lalr.Node):
             root = result
             break
-        if not starts:  # of a broken text, the outline knows better where statements begin
-            starts = recover.starts(out)
+        if first:  # of a broken text, the outline knows better where statements begin
+            first, starts = False, recover.starts(out)
             again = lalr.run(tables(), kept, starts)
             result = again if isinstance(again, lalr.Failure) else result
         if result.deep and result.token is not None:
@@ -63,6 +67,8 @@ def parse(source: Source) -> tuple[tree.File | None, tuple[Diagnostic, ...]]:
     if root is not None:
         file, more = _build(source, root, comments)
         found += more
+        if found and file is not None:
+            file = replace(file, lost=recover.lost(out, kept))
     found.sort(key=lambda d: (d.primary.span.start, d.code))
     return file, tuple(found[:MAX_REPORTS])
 
@@ -161,15 +167,22 @@ def read_source(path: str | Path, name: str | None = None) -> Source:
     shown = name or str(path)
     place = Path(path)
     try:
+        mode = place.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe may wait for ever
+            raise CompileError([messages.not_a_file(shown)])
         with place.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         raise CompileError([messages.unreadable(shown, place, error)]) from None
+    return decoded(shown, data, str(path))
+
+
+def decoded(shown: str, data: bytes, path: str | None = None) -> Source:
+    """The bytes of a file as a source. Raises CompileError: OPD008, OPD010."""
     if len(data) > MAX_BYTES:
-        span = Span(Source(shown, "", str(path)), 0, 0)
-        raise CompileError([messages.too_large(span, MAX_BYTES)])
+        raise CompileError([messages.too_large(Span(Source(shown, "", path), 0, 0), MAX_BYTES)])
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CompileError([messages.not_utf8(shown, data, error)]) from None
-    return Source(shown, text, str(path))
+    return Source(shown, text, path)

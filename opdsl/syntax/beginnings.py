@@ -12,7 +12,7 @@ from opdsl.syntax.keywords import (
     close,
     distance,
 )
-from opdsl.syntax.messages import quoted, shorten, wrapped
+from opdsl.syntax.messages import quoted, shorten
 from opdsl.syntax.stops import Stop, at_statement_start, example, peek, safely
 
 # Words of other systems, and where this language says the same thing.
@@ -85,7 +85,6 @@ def _unknown(stop: Stop, word: str, words: tuple[str, ...]) -> Diagnostic:
     listing = "a method has these sections: " + ", ".join(SECTIONS)
     if stop.statement is not None and stop.statement.context == "term":
         listing = "a term may hold: " + ", ".join(TERM_KEYWORDS)
-    listing = wrapped(listing.split(", "))
     elsewhere = _ELSEWHERE.get(word)
     if elsewhere and not (guesses and guesses[0].startswith(word)):
         return make(
@@ -154,4 +153,4 @@ def _sections_help(context: str) -> tuple[str, ...]:
     words = {"file": ("import", "method", "def", "run"), "term": TERM_KEYWORDS}.get(context)
     if words is None and context == "method":
         words = METHOD_KEYWORDS
-    return (wrapped(["here may stand: " + words[0], *words[1:]]),) if words else ()
+    return ("here may stand: " + ", ".join(words),) if words else ()

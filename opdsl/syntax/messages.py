@@ -57,18 +57,6 @@ def quoted(words: Iterable[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " or " + items[-1]
 
 
-def wrapped(words: Iterable[str], width: int = 76) -> str:
-    lines = [""]
-    for word in words:
-        piece = word if not lines[-1] else f", {word}"
-        if len(lines[-1]) + len(piece) > width:
-            lines[-1] += ","
-            lines.append(word)
-        else:
-            lines[-1] += piece
-    return "\n".join(lines)
-
-
 def shorten(text: str, limit: int = 40) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
@@ -334,6 +322,13 @@ def not_utf8(name: str, data: bytes, error: UnicodeDecodeError) -> Diagnostic:
     )  # fmt: skip
 
 
+def not_a_file(name: str) -> Diagnostic:
+    return make(
+        "OPD017", Span(Source(name, ""), 0, 0), f"`{name}` is a pipe or a device, not a file",
+        helps=("standard input is read with `-`:   … | opdsl check -",),
+    )  # fmt: skip
+
+
 def unreadable(name: str, place: Path, error: Exception) -> Diagnostic:
     span = Span(Source(name, ""), 0, 0)
     helps: tuple[str, ...] = ()
@@ -350,14 +345,14 @@ def unreadable(name: str, place: Path, error: Exception) -> Diagnostic:
         elif not place.parent.is_dir():
             helps = (f"the folder `{place.parent}` does not exist either",)
         elif siblings:
-            helps = (wrapped(["in that folder: " + siblings[0], *siblings[1:12]]),)
+            helps = ("in that folder: " + ", ".join(siblings[:12]),)
     elif isinstance(error, IsADirectoryError):
         message = f"`{name}` is a folder, not a file"
         inside: list[str] = []
         with contextlib.suppress(OSError):
             inside = sorted(p.name for p in place.iterdir() if p.suffix == ".opd")
         if inside:
-            helps = (wrapped(["it holds: " + inside[0], *inside[1:12]]),)
+            helps = ("it holds: " + ", ".join(inside[:12]),)
     elif isinstance(error, PermissionError):
         message = f"I may not read `{name}`"
     else:

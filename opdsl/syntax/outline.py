@@ -32,6 +32,7 @@ _NAMING = frozenset(
 _BODY_OF = {"method": "method", "term": "term", "optimize": "block", "run": "block", "def": "def"}
 _AXES = frozenset(AXES)
 _STATEMENT_WORDS = frozenset(TOP_KEYWORDS + METHOD_KEYWORDS + ("return",))
+_OVERRIDE = frozenset(("override",))
 _MOST_PROBLEMS = 20
 _LONGEST_HEADER = 1000  # tokens before the `{` of a block; keeps the outline linear
 _CLOSER = {"(": ")", "[": "]", "{": "}"}
@@ -111,6 +112,8 @@ class _Walker:
         inner = self.tokens[statement.first].text
         if inner == "override":
             head -= 1
+        if head == 1 and not token.first and inner not in words and _like_keyword(inner, _OVERRIDE):
+            return False  # `ovrride credit …` is one statement
         if head == 0 or prev.text in ("extends", "of") or {prev.text, text} <= _AXES:
             return False
         if head == 1 or (head == 2 and statement.keyword == "feedback" and prev.text in ROUTES):

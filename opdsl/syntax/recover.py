@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from opdsl.syntax.keywords import METHOD_KEYWORDS, TOP_KEYWORDS, close
+from opdsl.syntax.keywords import (
+    ALL_KEYWORDS,
+    METHOD_KEYWORDS,
+    TOP_KEYWORDS,
+    canonical,
+    close,
+)
 from opdsl.syntax.tokens import Token
 
 # The words that begin statements, by the place they stand in.
@@ -71,6 +77,12 @@ def starts(out: Outline) -> frozenset[int]:
     )  # fmt: skip
 
 
+def overrides(out: Outline) -> frozenset[int]:
+    """Positions of the words `override` that begin statements: `gate` without a value must not
+    take one for a name, for the section after it would then stand for itself."""
+    return frozenset(s.first for s in out.statements if out.tokens[s.first].text == "override")
+
+
 def leave_out(out: Outline, statement: Statement | None, at: int | None) -> None:
     """Leave a statement out of the parse; of text after its closing `}`, only that text.
 
@@ -126,6 +138,27 @@ def surviving(out: Outline, hole: str) -> list[Token]:
     for _ in range(missing.get(len(out.tokens), 0)):
         kept.append(_made("RBRACE", "}", len(out.tokens) - 1, end))
     return kept
+
+
+ANYTHING = "*"  # among lost words: what was lost may have been any statement
+
+
+def lost(out: Outline, kept: list[Token]) -> frozenset[str]:
+    """The words of a text that are not in its tree, with the keywords they may stand for.
+
+    A later pass misses what they declared; it says nothing about a name that is among them.
+    """
+    there = {token.at for token in kept}
+    gone = [token for token in out.tokens if token.at not in there]
+    words = {token.text for token in gone if token.kind == "word"}
+    for statement in out.statements:
+        if not statement.bad or statement.keyword in ALL_KEYWORDS:
+            continue
+        guesses = close(statement.keyword, list(WORDS[statement.context]))
+        words |= set(guesses) or {ANYTHING}
+    if any(token.text in ("{", "}") for token in gone) or out.closers:
+        words.add(ANYTHING)
+    return frozenset(canonical(word) for word in words)
 
 
 def _made(type_: str, text: str, at: int, offset: int) -> Token:

@@ -403,3 +403,4 @@ class File:
     items: tuple[Method | Def | Run, ...]
     comments: tuple[Comment, ...]
     span: Span
+    lost: frozenset[str] = frozenset()  # words of what could not be read; see recover.lost

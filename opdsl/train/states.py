@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from opdsl.train.mixed import blend, decode_mixed, interleave
 from opdsl.train.rollout import Rollouts, decode
 from opdsl.train.streams import allocate, torch_generator
 
@@ -116,17 +117,18 @@ class States:
         if source.policy in ("data", "golden"):
             batch = self.data.sequences if source.policy == "data" else self.data.golden
             prompts = batch(step, self.count)
-            return sequence_rows(
-                [prompts[i] for i in chosen], self.data.pad, self.runtime.device, group0
-            )
+            chosen_prompts = [drawn_by(prompts[i], source.policy) for i in chosen]
+            return sequence_rows(chosen_prompts, self.data.pad, self.runtime.device, group0)
         all_prompts = self.data.prompts(step, self.count)
-        prompts = [all_prompts[i] for i in chosen for _ in range(source.group)]
+        prompts = [
+            drawn_by(all_prompts[i], source.policy) for i in chosen for _ in range(source.group)
+        ]
         forced = [list(p.golden[: source.prefix or 0]) for p in prompts]
         if source.prefix:
             prompts = [extended(p, f) for p, f in zip(prompts, forced)]
-        out = self.sample(
-            source.policy,
-            [self.view(source.policy, p) for p in prompts],
+        out = self.write(
+            source,
+            prompts,
             max_new_tokens=min(source.max_tokens or 10**9, self.data.max_new_tokens),
             temperature=source.temperature,
             top_p=source.top_p,
@@ -148,22 +150,24 @@ class States:
         )
 
     def sample(self, policy: str, ids: list[Sequence[int]], **settings: Any) -> Rollouts:
-        """Responses of one policy, `chunk` rows at a time.
+        """Responses of one policy to prompts as it reads them, `chunk` rows at a time."""
+        return self._chunks(None, [self.policy(policy)], [ids], settings)
 
-        The generator moves on from chunk to chunk, so equal settings give equal responses.
-        """
-        model, chunk = self.policy(policy), self.chunk or len(ids)
+    def write(self, source, prompts: list[Any], **settings: Any) -> Rollouts:
+        """Responses of a source's policy or policies."""
+        who = [name for _, name in source.parts] or [source.policy]
+        ids = [[self.view(name, p) for p in prompts] for name in who]
+        return self._chunks(source, [self.policy(name) for name in who], ids, settings)
+
+    def _chunks(self, source, models: list[Any], ids: list, settings: dict) -> Rollouts:
+        """The generator moves on from chunk to chunk, so equal settings give equal responses."""
+        count = len(ids[0])
+        chunk = self.chunk or count
+        settings |= {"eos": self.data.eos, "pad": self.data.pad, "device": self.runtime.device}
         with self.runtime.autocast():
             parts = [
-                decode(
-                    model,
-                    ids[i : i + chunk],
-                    eos=self.data.eos,
-                    pad=self.data.pad,
-                    device=self.runtime.device,
-                    **settings,
-                )
-                for i in range(0, len(ids), chunk)
+                _write(source, models, [x[i : i + chunk] for x in ids], settings)
+                for i in range(0, count, chunk)
             ]
         if len(parts) == 1:
             return parts[0]
@@ -174,6 +178,22 @@ class States:
             torch.cat([pad_to(p.logprobs, T, 0.0) for p in parts]),
             torch.cat([p.finished for p in parts]),
         )
+
+
+def _write(source, models: list[Any], ids: list[list[Sequence[int]]], settings: dict) -> Rollouts:
+    """One policy alone, several blended, or a draft under a judge."""
+    if source is None:
+        return decode(models[0], ids[0], **settings)
+    if source.policy == "blend":
+        return decode_mixed(models, ids, blend([w for w, _ in source.parts]), **settings)
+    if source.policy == "interleaved":
+        return decode_mixed(models, ids, interleave(source.accept), **settings)
+    return decode(models[0], ids[0], **settings)
+
+
+def drawn_by(prompt: Any, policy: str) -> Any:
+    """The prompt, marked with who wrote its response: what `drawn(…)` asks."""
+    return replace(prompt, fields={**prompt.fields, "@source": policy})
 
 
 def share_at(share: Any, step: int, steps: int) -> float:
