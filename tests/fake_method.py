@@ -104,6 +104,8 @@ class State:
     max_tokens: int | None = None
     lag: int = 0
     prefix: int | None = None
+    parts: tuple[tuple[float, str], ...] = ()
+    accept: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -10,12 +11,15 @@ import sys
 
 import golden
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from opdsl.codes import make
 from opdsl.diagnostics import Diagnostic, Edit, Fix, Label, Safety
 from opdsl.render import render, render_github, render_json, render_text, summary, wants_color
 from opdsl.source import NOWHERE, Source, Span
 from opdsl.syntax import highlight, parse, read_source
+from opdsl.wrapping import cells, wrapped
 
 SPEC = """opd 1
 method m {
@@ -135,6 +139,69 @@ def test_tabs_wide_and_combining_characters_keep_the_carets_in_place():
     source = Source("a.opd", '"日本" e\u0301 x\n')
     line = carets(render_text([make("OPD004", span(source, "x"), "m")]))[1]
     assert line.index("^") - len("   | ") == 9  # columns on screen: 1+4+1+1, then 1+1
+
+
+def test_a_label_stands_beside_its_carets_or_below_them():
+    """Beside where it fits, else below from the same column, else below and further left."""
+    source = Source("a.opd", "gate  short_name  and_a_longer_name_here\n")
+    for text, long in (("short_name", False), ("and_a_longer_name_here", True)):
+        label = "what was expected at this place of the text"
+        lines = render_text([make("OPD004", span(source, text), "m", label)]).splitlines()
+        at = next(i for i, line in enumerate(lines) if "^" in line)
+        column = lines[at].index("^")
+        assert lines[at - 1][column : column + len(text)] == text
+        assert (label in lines[at]) is not long
+        if long:
+            assert lines[at + 1].index("what") <= column and lines[at + 1].endswith(label)
+    narrow = render_text([make("OPD004", span(source, "short_name"), "m", "word " * 20)], width=50)
+    assert max(map(len, narrow.splitlines())) <= 50 and narrow.count("word") == 20
+
+
+@pytest.mark.parametrize(
+    "text", ["\tgate\tHERE", '"日本" HERE', "e\u0301e\u0301 HERE", "x" * 300 + "HERE"]
+)
+def test_carets_stay_in_place_when_labels_wrap(text):
+    """Tabs, wide characters, combining marks and a trimmed line, with a label of several lines."""
+    source = Source("a.opd", text + " and more of the same line " * 4)
+    found = render_text([make("OPD004", span(source, "HERE"), "m", "why it is wrong " * 12)])
+    lines = found.splitlines()
+    at = next(i for i, line in enumerate(lines) if "^" in line)
+    before, marked = lines[at - 1].split("HERE")[0], lines[at].split("^")[0]
+    assert cells(before) == cells(marked) and lines[at].count("^") == 4
+    assert max(cells(line) for line in lines) <= 80
+
+
+def test_endless_words_and_lines_are_cut():
+    source = Source("a.opd", "λ" * 100_000 + " x " + "y" * 100_000)
+    second = Label(span(source, "yyyy"), "z" * 5000)
+    report = make("OPD004", Span(source, 0, 9), "no `" + "n" * 5000 + "`", secondary=(second,),
+                  notes=("n" * 5000,), helps=("word " * 5000,))  # fmt: skip
+    text = render_text([report])
+    assert len(text) < 5000 and max(cells(line) for line in text.splitlines()) <= 80
+
+
+WORDS = st.sampled_from(["a", "word", "`code in quotes`", "KL(student || T)", "x[t + 1]", "日本",
+                         "averyveryveryverylongwordthatgoeson", "", "gap  ", "  ", "(in", "out)"])  # fmt: skip
+
+
+@given(st.lists(WORDS, max_size=25).map(" ".join), st.integers(20, 90), st.integers(15, 90))
+def test_wrapping_keeps_every_word_and_the_width(text, room, first):
+    lines = wrapped(text, room, first)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    for i, line in enumerate(lines):
+        limit = first if i == 0 else room
+        assert cells(line) <= limit or " " not in line.strip().split("`")[0], (line, limit)
+
+
+@pytest.mark.parametrize("path", sorted(golden.BAD.glob("*.expected")), ids=lambda p: p.stem)
+def test_golden_reports_fit_eighty_columns_without_orphans(path):
+    """No line is too wide, and no line holds one short word that the line above had room for."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for above, line in itertools.pairwise(lines):
+        assert cells(line) <= 80, line
+        inside = line.startswith("    ") and " | " not in line and line.strip()
+        if inside and " " not in line.strip() and len(line.strip()) < 4:
+            assert cells(above) + 1 + len(line.strip()) > 80, (above, line)
 
 
 def test_empty_span_end_of_file_and_multi_line_span():

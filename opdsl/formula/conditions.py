@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opdsl.formula.algebra import Atom, Poly
-from opdsl.formula.notation import ZERO, Join, Math, Rel, Sym, Text
+from opdsl.formula.notation import ZERO, Call, Join, Math, Rel, Sym, Text, words
 from opdsl.formula.symbols import Named, Symbols
 from opdsl.meaning.graph import static_value
 from opdsl.meaning.node import SET_OPS, Node
@@ -57,6 +57,9 @@ class Conditions:
             case "and" | "or":
                 items = tuple(self._flat(n, n.op, at, positive))
                 return Join(n.op if positive else {"and": "or", "or": "and"}[n.op], items)
+            case "lt" if n.args[0].attr("name") == "noise":
+                chance = Call(Sym("chance", words("chance")), (self.expr(n.args[1], at),))
+                return chance if positive else Call(Sym("not", words("not")), (chance,))
             case "lt" | "le" | "eq":
                 return self._compared(n, at, positive)
             case "is_y":
@@ -66,6 +69,10 @@ class Conditions:
             case "input" if n.attr("name") == "special":
                 return Sym("y_t special" if positive else "y_t not special",
                            r"y_t\ \mathrm{special}" if positive else r"y_t\ \mathrm{not\ special}")  # fmt: skip
+            case "input" if n.attr("field") == "@source":
+                who = n.attr("equals")
+                return Sym(f"y {'' if positive else 'not '}from {who}",
+                           rf"y\ \mathrm{{{'' if positive else 'not '}from\ {who}}}")  # fmt: skip
             case "input" if n.attr("name") == "field":
                 return Rel(
                     "=" if positive else "≠",

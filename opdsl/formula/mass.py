@@ -269,7 +269,7 @@ class AtState(Evaluator):
         return x
 
     _scan = _scan_fwd = _sum_t = _sum_b = _group_sum = _position_sum = _quantile_b = _couple
-    _group_max = _max_b = _couple
+    _group_max = _max_b = _max_t = _rank_t = _couple
 
     def _shift(self, n: Node, x: np.ndarray) -> np.ndarray:
         return np.zeros_like(x)

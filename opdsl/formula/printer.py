@@ -301,6 +301,14 @@ class Printer(Conditions):
                 return self._divided(n, at)
             case "scan":
                 return self._scan(n, "k ≥ t")
+            case "scan_fwd":
+                return self._so_far(n)
+            case "max_t" if n.args[0].op == "neg":
+                return Add(((False, Big("min", Sym("k", "k"), self.moved(n.args[0].args[0], "k"))),))
+            case "max_t":
+                return Big("max", Sym("k", "k"), self.moved(n.args[0], "k"))
+            case "rank_t":
+                return Call(Sym("rank_t", words("rank") + "_t"), (self.expr(n.args[0]),))
             case "shift":
                 return self._shift(n)
             case "max_v" | "lse_v":
@@ -407,11 +415,25 @@ class Printer(Conditions):
         )
         return Big("Σ", sign, mul([weight, self.moved(a, "k")]))
 
+    def _so_far(self, n: Node, before: bool = False) -> Math:
+        """Σ_{k ≤ t} c^{t−k} x_k, or up to the last token; the rate is stored one token later
+        (see `Builder.scan_fwd`)."""
+        a, rate = n.args
+        known = static_value(rate)
+        if known is None:
+            return Call(Sym("carried", words("carried")), (self.expr(a), self.expr(rate)))
+        power = "t−1−k" if before else "t−k"
+        weight = ONE if known == 1 else Pow(self.expr(rate), Sym(power, power.replace("−", "-")))
+        sign = Rel("<" if before else "≤", Sym("k", "k"), Sym("t", "t"))
+        return Big("Σ", sign, mul([weight, self.moved(a, "k")]))
+
     def _shift(self, n: Node) -> Math:
         by = int(n.attr("n"))  # type: ignore[call-overload]
         x = n.args[0]
         if x.op == "scan" and by == 1 and x.id not in self.normal.names and self.time == "t":
             return self._scan(x, "k > t")
+        if x.op == "scan_fwd" and by == -1 and x.id not in self.normal.names and self.time == "t":
+            return self._so_far(x, before=True)
         return self.moved(x, f"{self.time}{'+' if by > 0 else '−'}{abs(by)}")
 
     def _windows(self, a: Poly) -> Poly:

@@ -158,6 +158,8 @@ class Evaluator:
                 return (np.arange(S) % 6)[:, None].astype(float)
             case "length" | "step":
                 return np.float64(3)
+            case "field" if n.attr("field") == "@source":
+                return np.float64(1)  # each source has states of its own: its terms act there
         return np.float64("nan")
 
     def _logp(self, n: Node) -> np.ndarray:
@@ -274,6 +276,8 @@ class Evaluator:
 
     # -- conditions -----------------------------------------------------------------------------------
     def _lt(self, n: Node, *xs: np.ndarray) -> np.ndarray:
+        if n.args[0].op == "input" and n.args[0].attr("name") == "noise":
+            return np.clip(xs[1], 0.0, 1.0)  # chance(p), in expectation over its draw
         a, b = self._align(n, *xs)
         return _known(a < b, a, b)
 
@@ -297,7 +301,7 @@ class Evaluator:
 
     def _where(self, n: Node, *xs: np.ndarray) -> np.ndarray:
         t, a, b = self._align(n, *xs)
-        out = np.where(t > 0, a, b)
+        out = np.where(t >= 1, a, np.where(t > 0, t * a + (1 - t) * b, b))
         return np.where(np.isnan(t) & (a != b), np.nan, out)
 
     def _sg(self, n: Node, x: np.ndarray) -> np.ndarray:
@@ -338,7 +342,7 @@ class Evaluator:
         known = self._couple(n, x)
         return np.where(np.isnan(known), self.rng.normal(size=(S, 1)), known)
 
-    _group_max = _max_b = _couple
+    _group_max = _max_b = _max_t = _rank_t = _couple
 
 
 def _known(test: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:

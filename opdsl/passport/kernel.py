@@ -106,7 +106,7 @@ class Along(Evaluator):
         raise Unknown(n.op)
 
     _scan = _scan_fwd = _sum_t = _sum_b = _group_sum = _position_sum = _quantile_b = _couple
-    _group_max = _max_b = _others_sum = _shift = _couple
+    _group_max = _max_b = _max_t = _rank_t = _others_sum = _shift = _couple
 
 
 class _Reader:

@@ -275,11 +275,13 @@ def drawn_as_is(spec: Spec) -> bool:
     )
 
 
+MOVING = ("student", "old", "blend", "interleaved")  # what the student has a hand in
+
+
 def on_policy(spec: Spec) -> bool:
     """Whether any visited state moves with the student."""
     return any(
-        s.kind == "rollouts" and s.policy in ("student", "old") and _share(s.share) > 0
-        for s in spec.states
+        s.kind == "rollouts" and s.policy in MOVING and _share(s.share) > 0 for s in spec.states
     )
 
 

@@ -151,7 +151,7 @@ class Strict(Evaluator):
         return x if same else np.full(np.shape(x), np.nan)
 
     _scan = _scan_fwd = _sum_t = _sum_b = _group_sum = _position_sum = _quantile_b = _couple
-    _group_max = _max_b = _others_sum = _couple
+    _group_max = _max_b = _max_t = _rank_t = _others_sum = _couple
 
 
 def schedule_at(n: Node, step: float = STEP, steps: float = STEPS) -> float:
