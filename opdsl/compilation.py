@@ -56,17 +56,25 @@ class Compilation:
         bound = [r.method.name for r in scope.runs.values() if r.method.name in scope.methods]
         return tuple(own or dict.fromkeys(bound))
 
+    def of(self, method: str) -> Compilation:
+        """Another method of the same file, which is not read again."""
+        other = Compilation(self.source, method, self.settings)
+        other.__dict__["_loaded"] = self._loaded
+        return other
+
     # -- tree to spec ----------------------------------------------------------------------
     @cached_property
     def spec(self) -> Spec | None:
         """None when an error stands in the way (see `diagnostics`)."""
         from opdsl.meaning.access import check_access
-        from opdsl.meaning.limits import bounded
+        from opdsl.meaning.limits import bounded, too_many
         from opdsl.meaning.structure import Elaboration
 
         loader, scope, file = self._loaded
         if file is None or not self.methods:
             self._no_method(file)
+            return None
+        if too_many(self.methods, scope, self.report):
             return None
         name = self.wanted or self.methods[-1]
         if name not in self.methods:
@@ -156,8 +164,23 @@ class Compilation:
     def require(self) -> tuple[Spec, Program]:
         """Spec and program, or CompileError with every diagnostic."""
         if self.errors or self.spec is None or self.program is None:
-            raise CompileError(self.errors or self.diagnostics)
+            raise CompileError(self.errors or (self._library(),))
         return self.spec, self.program
+
+    def _library(self) -> Diagnostic:
+        """What is said of a file that only defines things, where a method is asked for."""
+        from opdsl.codes import make
+        from opdsl.source import Span
+
+        names = [item.name.name for item in self.tree.items] if self.tree is not None else []
+        return make(
+            "OPD303",
+            Span(self.source, 0, 0),
+            "this file defines no method, only definitions",
+            "a library",
+            notes=[f"it defines: {', '.join(names)}"],
+            helps=[f"`opdsl explain {names[0]}` shows a definition"] if names else [],
+        )
 
     # -- program to code -----------------------------------------------------------------------
     @cached_property

@@ -82,17 +82,14 @@ class Report:
     """Collects diagnostics of a compilation; the one mutable object passes share."""
 
     items: list[Diagnostic] = field(default_factory=list)
+    _seen: set[tuple] = field(default_factory=set)
 
     def add(self, diagnostic: Diagnostic) -> None:
         """Add once: the same code at the same place (a def used twice) is one report."""
-        for seen in self.items:
-            if (
-                seen.code == diagnostic.code
-                and seen.primary.span == diagnostic.primary.span
-                and seen.message == diagnostic.message
-            ):
-                return
-        self.items.append(diagnostic)
+        key = (diagnostic.code, diagnostic.primary.span, diagnostic.message)
+        if key not in self._seen:
+            self._seen.add(key)
+            self.items.append(diagnostic)
 
     @property
     def failed(self) -> bool:

@@ -107,13 +107,13 @@ class Method:
 
 def find_spec(name_or_path: str | Path) -> Path:
     """A file, or a shipped spec by its name. Raises CompileError (OPD711) with a close name."""
-    from opdsl.resources import is_file, is_folder, specs
+    from opdsl.resources import is_file, is_folder, methods
 
     path = Path(name_or_path)
     if is_file(path):
         return path
     text = str(name_or_path)
-    shipped = {p.stem: p for p in sorted(specs().glob("**/*.opd")) if p.parent.name != "std"}
+    shipped = {p.stem: p for p in methods(failures=True)}
     if text in shipped:
         return shipped[text]
     from opdsl.codes import make

@@ -62,6 +62,13 @@ def specs() -> Path:
     return folder("specs")
 
 
+def methods(failures: bool = False) -> list[Path]:
+    """The shipped methods; `failures` adds the gallery of known mistakes. The standard library
+    and the recipes hold definitions, not methods."""
+    apart = {"std", "recipes"} | (set() if failures else {"failures"})
+    return sorted(p for p in specs().glob("**/*.opd") if p.parent.name not in apart)
+
+
 def grammar_text() -> str:
     """The text of `opd.lark`."""
     return (grammars() / "opd.lark").read_text(encoding="utf-8")

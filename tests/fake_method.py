@@ -116,6 +116,7 @@ class TeacherDecl:
     k: int | None = None
     context: str | None = None
     decay: float | None = None
+    every: int = 1
     when: tuple[str, str] | None = None
 
 

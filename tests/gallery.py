@@ -370,7 +370,7 @@ CASES: dict[str, Case] = {
         stale,
         passport={
             "objective": "Σ_t KL(student ‖ T) at visited states, states held fixed (J_fro), "
-            "had the student as it is drawn the tokens",
+            "if the student, as it is now, had drawn the tokens",
             **NEITHER,
         },
     ),

@@ -10,10 +10,10 @@ import pytest
 import opdsl
 from opdsl.compilation import Compilation
 from opdsl.diagnostics import CompileError
-from opdsl.resources import specs
+from opdsl.resources import methods, specs
 from opdsl.source import Source
 
-SHIPPED = sorted(p for p in specs().glob("**/*.opd") if p.parent.name != "std")
+SHIPPED = methods(failures=True)
 
 RUN = """
 run h200 of verifier_hybrid {
@@ -85,7 +85,11 @@ def test_run_settings_change_neither_formula_nor_fingerprint():
 
 def test_set_is_checked_like_the_file():
     assert opdsl.load("gkd", set={"beta": "0.25"}).spec.params[0].value == 0.25
-    for bad, code in (({"beta": "1.5"}, "OPD110"), ({"beta": "x"}, "OPD112"), ({"bta": "1"}, "OPD111")):
+    for bad, code in (
+        ({"beta": "1.5"}, "OPD110"),
+        ({"beta": "x"}, "OPD112"),
+        ({"bta": "1"}, "OPD111"),
+    ):
         with pytest.raises(CompileError) as e:
             opdsl.load("gkd", set=bad)
         assert e.value.diagnostics[0].code == code
@@ -152,7 +156,10 @@ def test_source_kinds_of_one_text():
 def test_a_run_block_may_bind_an_imported_method():
     source = 'opd 1\nimport "./gkd.opd" (gkd)\nrun small of gkd {\n  student = "models/tiny"\n  seed = 3\n}\n'
     spec = opdsl.compile(source).spec
-    assert spec.name == "gkd" and spec.runs["small"].settings == {"student": "models/tiny", "seed": 3}
+    assert spec.name == "gkd" and spec.runs["small"].settings == {
+        "student": "models/tiny",
+        "seed": 3,
+    }
 
 
 def test_a_critic_is_trained_on_what_the_rule_computes_whatever_its_names():

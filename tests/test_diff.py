@@ -15,12 +15,12 @@ from opdsl.cli import cli
 from opdsl.compilation import Compilation
 from opdsl.formula.diff import Difference, difference
 from opdsl.formula.diff_text import case, data, markdown, text, verdict
-from opdsl.resources import specs
+from opdsl.resources import methods, specs
 from opdsl.source import Source
 from opdsl.syntax import read_source
 from opdsl.syntax.fmt import format_source
 
-SHIPPED = {p.stem: p for p in specs().glob("**/*.opd") if p.parent.name != "std"}
+SHIPPED = {p.stem: p for p in methods(failures=True)}
 LOG_RATIO = "support sampled\n  feedback reward logratio(T, rollout)\n  credit "
 
 

@@ -129,6 +129,15 @@ def test_special_properties_of_tasks():
     assert abs(np.mean([r == chain.ROUTE_B for r in routes]) - recipes.TEACHER_SHORTCUT) < 0.06
     assert fork.decode_text(prompt.golden).startswith("A ")
 
+    hinted = get_task("hinted")
+    prompt = hinted.prompts(0, 0, 1)[0]
+    assert prompt.ids == prompt.teacher_ids and prompt.ids[-2] == chain.MARK
+    assert prompt.hinted[-2] == chain.DIGIT + prompt.answer and hinted.hints
+    assert prompt.hinted[:-2] + prompt.hinted[-1:] == prompt.ids[:-2] + prompt.ids[-1:]
+    assert not any(
+        p.hinted for name in TASKS if name != "hinted" for p in get_task(name).held_out()
+    )
+
 
 def test_unknown_task_lists_names():
     with pytest.raises(KeyError, match="chain, fork, fork_muddled, flawed, retain, scarce"):
@@ -166,6 +175,19 @@ def test_shortcut_rows():
     for tokens, target in zip(rows.tokens, rows.target):
         route, result, end = tokens[target].tolist()
         assert (route, end) == (chain.ROUTE_B, chain.EOS) and result == tokens[6], "the hint"
+
+
+def test_rows_with_a_hint_are_right_and_the_others_are_not():
+    recipe = recipes.HINTED.student
+    rows = recipes.rows(chain.stream("test"), recipe, recipe.phases[-1], 4000)
+    slot = rows.tokens[:, recipe.n + 1]
+    shown = slot != chain.MARK
+    assert abs(shown.mean() - 0.5) < 0.04
+    steps, start = rows.tokens[:, 1 : recipe.n + 1] - chain.STEP, rows.tokens[:, recipe.n + 2]
+    right = chain.run(steps, start - chain.DIGIT)
+    same = (rows.tokens[:, recipe.n + 3 : -1] - chain.DIGIT == right).all(-1)
+    assert same[shown].all() and same[~shown].mean() < 0.05
+    assert (slot[shown] - chain.DIGIT == right[shown, -1]).all()
 
 
 def test_fingerprint_covers_every_number():
@@ -418,6 +440,35 @@ def test_task_separates(name, good, poor, steps, at_least, at_most, seed):
 
     assert result(good) >= at_least
     assert result(poor) <= at_most
+
+
+SELF = """opd 1
+method m {{
+  state     rollouts(student)
+  teacher   T = {teacher}(context = "{{reference}}")
+  support   full
+  feedback  loss KL(student || T)
+  aggregate mean(over = tokens)
+}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_self_teacher_must_be_held(seed, tmp_path):
+    """With the answer in its context the student of step 0 teaches the student without it; the
+    student of the moment is dragged along instead, and both end up wrong."""
+    import opdsl
+    from opdsl.train.loop import train
+    from opdsl.train.settings import RunSettings
+
+    found = {}
+    for teacher in ("initial", "self"):
+        settings = RunSettings(out=str(tmp_path / teacher), pair_seed=seed, seed=seed, export=False)
+        summary = train(opdsl.compile(SELF.format(teacher=teacher)), settings)
+        assert summary.task == "hinted" and any("slot for a hint" in n for n in summary.notes)
+        found[teacher] = summary.at(summary.steps)["accuracy"]
+    assert found["initial"] > 0.9 and found["self"] < 0.3, found
 
 
 @pytest.mark.slow

@@ -19,9 +19,9 @@ from opdsl.formula.mass import flow, mass
 from opdsl.formula.state import State, read, toy
 from opdsl.passport import field
 from opdsl.passport.evaluate import random_world
-from opdsl.resources import specs
+from opdsl.resources import methods
 
-SHIPPED = sorted(p for p in specs().glob("**/*.opd") if p.parent.name not in ("std", "failures"))
+SHIPPED = methods()
 PLAIN = """opd 1
 method m {
   state     rollouts(student, group = 4)

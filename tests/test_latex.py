@@ -15,9 +15,9 @@ from support import generate
 import opdsl
 from opdsl.formula.explain import Explanation
 from opdsl.formula.paper import lines_of, markdown, paper
-from opdsl.resources import specs
+from opdsl.resources import methods
 
-SHIPPED = sorted(p for p in specs().glob("**/*.opd") if p.parent.name not in ("std", "failures"))
+SHIPPED = methods()
 FEW, MANY = range(0, 40, 2), range(100)
 PARSER = MathTextParser("path")
 

@@ -19,6 +19,7 @@ from support import TOLERANCE, generate, relative, toy
 
 import opdsl
 from opdsl.cli import cli
+from opdsl.compilation import Compilation
 from opdsl.ir.interpret import reference
 from opdsl.ir.program import lower
 from opdsl.passport import enumerate as exact
@@ -28,9 +29,10 @@ from opdsl.passport.measure import Measurement, measure
 from opdsl.passport.model import Small
 from opdsl.passport.probe import DISAGREES, OPEN, probe
 from opdsl.passport.small import small
+from opdsl.syntax import read_source
 
 SPECS = Path(__file__).parent.parent / "specs"
-SHIPPED = sorted([*SPECS.glob("*.opd"), *SPECS.glob("hybrids/*.opd")])
+FIRST, HYBRIDS = sorted(SPECS.glob("*.opd")), sorted(SPECS.glob("hybrids/*.opd"))
 LOG_RATIO = "logratio(T, rollout)"
 OPEN_SHARE = 0.15  # of all claims about 500 generated specs
 NAMES = ("zero", "stationary", "conservative", "j_seq", "j_fro")
@@ -168,6 +170,72 @@ def test_given_text_is_not_drawn_from_the_student() -> None:
     assert m.conservative and m.bias["J_fro"].none and not m.bias["J_seq"].none
 
 
+# ---- chances, mixed samplers, sums so far ------------------------------------------------------------
+
+
+def test_a_chance_counts_as_its_probability() -> None:
+    m = measured(toy.reward(LOG_RATIO, "immediate", "gate chance(0.3)"))
+    assert m.bias["J_fro"].none and m.bias["J_fro"].k == pytest.approx(0.3)
+    one = toy.reward(LOG_RATIO, "return_to_go", "weight if chance(0.5) then 2 else 1")
+    assert measured(one).bias["J_seq"].k == pytest.approx(1.5) and claims(one.spec).j_seq
+
+
+def test_one_chance_in_two_factors_is_not_measured() -> None:
+    twice = (
+        "def twice() : weight per token\n"
+        "{\n  c = chance(0.4)\n  return (if c then 2 else 1) * (if c then 3 else 1)\n}"
+    )
+    both = toy.reward(LOG_RATIO, "immediate", "weight twice()", twice)
+    found = probe(both.compilation)
+    assert "chance" in found.failed and claims(both.spec) == Claims()
+
+
+def test_a_blended_sampler_weighs_its_policies() -> None:
+    direct = toy.method("support full\nfeedback loss KL(student || T)").spec
+    (rollouts,) = direct.states
+    mixed = opdsl.records.replace(rollouts, policy="blend", parts=((0.7, "student"), (0.3, "T")))
+    m = small(opdsl.records.replace(direct, states=(mixed,)), seed=1)
+    case, z = m.cases[0], m.student_PSV[0]
+    want = 0.7 * torch.softmax(z, -1) + 0.3 * torch.softmax(case.teachers["T"], -1)
+    assert relative(m.law(mixed, case, z).exp(), want) < TOLERANCE["exact"]
+    draft = opdsl.records.replace(mixed, policy="interleaved", accept=2)
+    p = m.law(draft, case, z).exp()
+    assert relative(p.sum(-1), torch.ones(len(p))) < TOLERANCE["exact"]
+    assert measure(m).bias["J_fro"].none and not measure(m).conservative
+
+
+def test_terms_may_ask_who_wrote_the_text() -> None:
+    text = """opd 1
+method two_sources "generated" {
+  state mix(0.5: rollouts(student), 0.5: sequences(data))
+  teacher T = external(access = logits)
+  term own { support full
+             feedback loss KL(student || T)
+             gate drawn(student) }
+  term given { support full
+               feedback loss 2 * KL(student || T)
+               gate drawn(data) }
+  aggregate sum(over = tokens)
+}
+"""
+    m = generate.compiled(text)
+    small_one = small(m.spec, seed=1)
+    assert len(small_one.cases) == 1
+    found = claims(m.spec)
+    assert found.j_fro is False and found.stationary and not disagreements(m, found, seed=11)
+    equal = generate.compiled(text.replace("2 * KL", "KL"))
+    assert claims(equal.spec).j_fro and measured(equal).bias["J_fro"].none
+
+
+def test_rewards_so_far_are_no_credit() -> None:
+    so_far = (
+        "def my_credit(r : nats per token) : nats per token\n"
+        "{\n  C[t] = r[t] + C[t - 1]\n  return C\n}"
+    )
+    m = toy.reward(LOG_RATIO, "my_credit", defs=so_far)
+    assert claims(m.spec).j_fro and measured(m).bias["J_fro"].none
+
+
 # ---- claims that were wrong before they were measured ----------------------------------------------
 
 CASES = {
@@ -262,7 +330,12 @@ def disagreements(method, claimed: Claims, seed: int) -> list[str]:
     return out + [f"{n}: claimed no, measured yes" for n in sorted(doubted)]
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def agrees(path: Path, models: int) -> None:
+    found = probe(opdsl.load(path).compilation, models=models)
+    assert not found.failed and found.agrees, found.lines()
+
+
+@pytest.mark.parametrize("path", FIRST, ids=lambda p: p.stem)
 def test_shipped_methods_agree_with_their_passports(path: Path) -> None:
     method = opdsl.load(path)
     found = probe(method.compilation)
@@ -271,10 +344,21 @@ def test_shipped_methods_agree_with_their_passports(path: Path) -> None:
     assert claims(method.spec) == claims(method.spec, search=False)  # decided without a model
 
 
+@pytest.mark.parametrize("path", HYBRIDS, ids=lambda p: p.stem)
+def test_hybrids_agree_with_their_passports(path: Path) -> None:
+    agrees(path, 1)
+
+
 @pytest.mark.parametrize("path", sorted(SPECS.glob("failures/*.opd")), ids=lambda p: p.stem)
 def test_catalogued_failures_agree_with_their_passports(path: Path) -> None:
-    found = probe(opdsl.load(path).compilation, models=1)
-    assert not found.failed and found.agrees, found.lines()
+    agrees(path, 1)
+
+
+@pytest.mark.slow
+def test_the_whole_library_agrees_with_its_passports() -> None:
+    for path in sorted(SPECS.glob("*/*.opd")):
+        if Compilation(read_source(str(path))).methods:  # the rest are definitions
+            agrees(path, 2)
 
 
 @pytest.mark.parametrize("block", range(6))

@@ -117,8 +117,9 @@ method m {
   aggregate sum(over = tokens)
 }
 """
-    from opdsl.passport import enumerate as exact
     from support import toy
+
+    from opdsl.passport import enumerate as exact
 
     m = opdsl.compile(text)
     w = exact.tree()

@@ -76,18 +76,21 @@ def _one(
 
 
 def _all(source, chosen: dict[str, object], notes: bool) -> tuple[Diagnostic, ...]:
+    from opdsl.meaning.limits import MAX_METHODS
+
     first = Compilation(source, None, chosen)
     found = [*first.diagnostics, *(first.notes if notes else ())]
-    for method in first.methods[:-1]:
-        for d in Compilation(source, method, chosen).diagnostics:
-            if not any(
-                d.code == o.code
-                and d.primary.span.start == o.primary.span.start
-                and d.message == o.message
-                for o in found
-            ):
-                found.append(d)
+    others = first.methods[:-1] if len(first.methods) <= MAX_METHODS else ()
+    seen = {_key(d) for d in found}
+    for d in (d for method in others for d in first.of(method).diagnostics):
+        if _key(d) not in seen:
+            seen.add(_key(d))
+            found.append(d)
     return tuple(found)
+
+
+def _key(d: Diagnostic) -> tuple:
+    return d.code, d.primary.span.start, d.message
 
 
 def _counts(d: Diagnostic, deny: tuple[str, ...]) -> bool:

@@ -12,15 +12,21 @@ from opdsl.compilation import Compilation
 from opdsl.diagnostics import CompileError, Diagnostic
 from opdsl.source import Source
 
+MOST = 50  # reports a person is shown at once
+
 
 def show(diagnostics: Iterable[Diagnostic], format: str = "text", stream=None) -> None:
     """Print reports: text to stderr by default, in colour only on a terminal."""
     from opdsl.render import render, wants_color, width_of
 
     stream = stream or sys.stderr
-    text = render(tuple(diagnostics), format, wants_color(stream), width_of(stream))
+    items = tuple(diagnostics)
+    shown = items[:MOST] if format == "text" else items  # a program may want them all
+    text = render(shown, format, wants_color(stream), width_of(stream))
     if text:
         print(text, file=stream, end="\n" if format == "text" else "")
+    if len(items) > len(shown):
+        print(f"… and {len(items) - len(shown)} more", file=stream)
 
 
 def source_of(name: str) -> Source:

@@ -1,60 +1,119 @@
-"""`opdsl list`: the shipped specs, the gallery of failures, the standard library, the codes."""
+"""`opdsl list`: shipped methods by axis, the gallery of failures, the standard library, codes."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
+SHELVES = ["specs", "failures", "std", "axes", "codes"]
+
 
 @click.command("list")
-@click.argument("what", type=click.Choice(["specs", "failures", "std", "codes"]), default="specs")
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text")
-def list_(what: str, format_: str) -> None:
-    """List shipped specs, failures (known mistakes), std (the standard library)
-    or the diagnostic codes."""
-    rows = {"specs": _specs, "failures": _failures, "std": _std, "codes": _codes}[what]()
-    if format_ == "json":
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+@click.argument("what", type=click.Choice(SHELVES), default="specs")
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="AXIS=VALUE",
+    help="Only methods with it; also AXIS!=VALUE and AXIS~TEXT. Several: commas, or repeat.",
+)
+@click.option(
+    "--format", "format_", type=click.Choice(["text", "json", "markdown"]), default="text"
+)
+@click.option(
+    "--gallery",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write a page for each method, and their table, to DIR.",
+)
+def list_(what: str, where: tuple[str, ...], format_: str, gallery: Path | None) -> None:
+    """List shipped methods, failures (known mistakes), std (the standard library), the axes that
+    --where asks about, or the diagnostic codes.
+
+    Values are read off what a spec computes, never off its name:
+    opdsl list --where route=reward,credit=gae
+    """
+    if what != "specs" and (where or gallery):
+        raise click.UsageError(f"--where and --gallery go with methods, not with {what}")
+    if gallery is not None:
+        if where or format_ != "text":
+            raise click.UsageError("--gallery writes every method, in Markdown")
+        _write_gallery(gallery)
         return
-    import sys
+    if what == "specs":
+        _methods(where, format_)
+        return
+    rows = {"failures": _failures, "std": _std, "axes": _axes, "codes": _codes}[what]()
+    _print(rows, format_)
 
+
+# ---- methods -------------------------------------------------------------------------------------
+
+
+def _methods(where: tuple[str, ...], format_: str) -> None:
+    from opdsl.formula import library
+
+    try:
+        wanted = library.conditions(where)
+        whole = format_ != "text" or library.needs_passport(wanted)
+        with _progress() as tell:
+            entries, broken = library.entries(whole, tell)
+        found = library.chosen(entries, wanted)
+    except library.QueryError as error:
+        raise click.UsageError(str(error)) from None
+    for path in broken:
+        click.echo(f"left out: {path} has errors; see opdsl check", err=True)
+    if not found and format_ != "json":
+        click.echo(f"no method has {' and '.join(where)}" if where else "no method ships")
+        return
+    if format_ == "json":
+        _print([e.to_json() for e in found], "json")
+    elif format_ == "markdown":
+        from opdsl.formula.gallery import table
+
+        click.echo(table(found), nl=False)
+    else:
+        asked = [c.axis for c in wanted]
+        _print([_row(e, asked) for e in found], "text")
+
+
+def _row(e, asked: list[str]) -> dict[str, object]:
+    """A line of the table: the usual columns, and the axes that were asked about."""
+    usual = ("group", "route", "feedback", "credit", "evidence")
+    axes = [*usual, *(a for a in asked if a not in (*usual, "name", "title", "source"))]
+    return {
+        "name": e.name,
+        "title": e.title,
+        **{a: ", ".join(v for v in e.values(a) if v != "none") for a in dict.fromkeys(axes)},
+        "source": e.source,
+    }
+
+
+def _write_gallery(folder: Path) -> None:
+    from opdsl.formula.gallery import gallery
+
+    with _progress() as tell:
+        written = gallery(folder, tell)
+    click.echo(f"{len(written)} files in {folder}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal's stderr while methods are compiled; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for i, column in enumerate(rows[0] if rows else ()):
-        table.add_column(column, no_wrap=i == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(v) for v in row.values()))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    with Console(stderr=True).status("reading the library") as status:
+        yield lambda name: status.update(f"reading the library: {name}")
 
 
-def _specs() -> list[dict[str, object]]:
-    from opdsl.compilation import Compilation
-    from opdsl.resources import specs
-    from opdsl.syntax import read_source
-
-    out = []
-    for path in sorted(specs().glob("**/*.opd")):
-        if path.parent.name in ("std", "failures"):
-            continue
-        compilation = Compilation(read_source(path))
-        spec = compilation.spec
-        if spec is None:
-            continue
-        credit = next((t.credit for t in spec.terms if t.credit), "–")
-        out.append(
-            {
-                "name": path.stem,
-                "title": spec.title or "",
-                "route": "+".join(dict.fromkeys(t.route for t in spec.feedback_terms)),
-                "credit": credit.split("(")[0],
-                "evidence": spec.evidence or "",
-                "source": ", ".join(v for _, v in spec.cites),
-            }
-        )
-    return out
+# ---- the other shelves ---------------------------------------------------------------------------
 
 
 def _failures() -> list[dict[str, object]]:
@@ -84,14 +143,25 @@ def _std() -> list[dict[str, object]]:
     from opdsl.syntax import parse, read_source, tree
 
     out = []
-    for path in sorted((specs() / "std").glob("*.opd")):
+    for path in sorted([*specs().glob("std/*.opd"), *specs().glob("recipes/*.opd")]):
         file, _ = parse(read_source(path))
         for item in file.items if file else ():
             if isinstance(item, tree.Def):
-                out.append(
-                    {"file": path.stem, "definition": signature(item), "meaning": item.doc or ""}
-                )
+                place = path.stem if path.parent.name == "std" else f"recipes/{path.stem}"
+                row = {"file": place, "definition": signature(item), "meaning": item.doc or ""}
+                out.append(row)
     return out
+
+
+def _axes() -> list[dict[str, object]]:
+    from opdsl.formula.library import entries, values_of
+    from opdsl.formula.vocabulary import AXES
+
+    found, _ = entries()
+    return [
+        {"axis": axis, "meaning": text, "values": ", ".join(values_of(axis, found))}
+        for axis, text in AXES.items()
+    ]
 
 
 def _codes() -> list[dict[str, object]]:
@@ -101,3 +171,28 @@ def _codes() -> list[dict[str, object]]:
         {"code": c.code, "name": c.slug, "severity": str(c.severity), "rule": c.rule or ""}
         for c in CODES.values()
     ]
+
+
+# ---- printing ------------------------------------------------------------------------------------
+
+
+def _print(rows: list[dict[str, object]], format_: str) -> None:
+    if format_ == "json":
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    if format_ == "markdown":
+        heads = list(rows[0]) if rows else []
+        click.echo("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+        for row in rows:
+            cells = (str(v).replace("|", "\\|") for v in row.values())
+            click.echo("| " + " | ".join(cells) + " |")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(rows[0] if rows else ()):
+        table.add_column(column, no_wrap=i == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(v) for v in row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -277,6 +277,6 @@ def _held(x: Atom) -> Atom:
     if x.kind == "sum":
         sid, inner = x.key  # type: ignore[misc]
         return Atom("sum", (sid, frozenset((_held(a), p) for a, p in inner)), x.at)
-    if x.kind in ("abs", "exp", "group"):
+    if x.kind in ("abs", "exp", "group", "log"):
         return Atom(x.kind, frozen(held(dict(x.key))), x.at)  # type: ignore[call-overload]
     return x

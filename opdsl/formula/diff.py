@@ -161,15 +161,16 @@ def _passports(a: Compilation, b: Compilation, pairing: Roles) -> tuple[tuple[st
     found = [passport(c) for c in (a, b)]
     out = []
     for key in ROWS:
-        x, y = (_row(key, p) for p in found)
+        x, y = (passport_row(key, p) for p in found)
         for mine, yours in pairing.renamed:
             y = re.sub(rf"\b{re.escape(yours)}\b", mine, y)
         if x != y:
-            out.append((_title(key), x, y))
+            out.append((passport_title(key), x, y))
     return tuple(out)
 
 
-def _row(key: str, passport: Mapping[str, Any]) -> str:
+def passport_row(key: str, passport: Mapping[str, Any]) -> str:
+    """An entry of a passport as one text."""
     x = passport[key]
     if key == "biases":
         return ", ".join(dict.fromkeys(row["slug"] for row in x)) or "none found"
@@ -185,7 +186,7 @@ def _word(x: bool | None) -> str:
     return {True: "yes", False: "no", None: "not decided"}[x]
 
 
-def _title(key: str) -> str:
+def passport_title(key: str) -> str:
     return {"stationary_at_teacher": "at teacher", "zero_expected_gradient": "zero gradient"}.get(
         key, key.replace("_", " ")
     )

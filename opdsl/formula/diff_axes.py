@@ -81,7 +81,7 @@ class Pair:
         plain = [
             sorted(
                 (dist(i, t.name), t.kind, t.access, t.k or 0, t.context or "", t.decay or 0.0,
-                 t.when or ())
+                 t.every, t.when or ())
                 for t in s.teachers
             )
             for i, s in enumerate(self.specs)
@@ -337,15 +337,18 @@ def _state(s: StateSource) -> str:
 
 def _teacher(t: TeacherDecl) -> str:
     access = f"top({t.k})" if t.access == "top" else t.access
+    context = "" if t.context is None else f'context = "{t.context}"'
     match t.kind:
         case "self":
             what = f'self(context = "{t.context or ""}", access = {access})'
         case "ema":
-            what = f"ema(student, decay = {t.decay:g})"
+            steps = [f"every = {t.every} steps"] if t.every > 1 else []
+            parts = ["student", f"decay = {t.decay:g}", *steps, *([context] if context else [])]
+            what = f"ema({', '.join(parts)})"
         case "initial":
-            what = "initial"
+            what = f"initial({context})" if context else "initial"
         case _:
-            what = f"external(access = {access})"
+            what = f"external(access = {access}{', ' + context if context else ''})"
     when = f' when prompt.{t.when[0]} == "{t.when[1]}"' if t.when else ""
     return f"{t.name} = {what}{when}"
 

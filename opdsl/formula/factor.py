@@ -43,10 +43,11 @@ class Layout:
         self.printer = printer
 
     def __call__(self, a: Poly) -> Math:
-        sizes = {round(abs(c), 12) for c in a.values()}
-        if len(a) > 1 and len(sizes) == 1 and sizes != {1.0} and _conditions(a):
-            k = sizes.pop()  # one number before all cases
-            return mul([Num(k), self({m: c / k for m, c in a.items()})])
+        k = max((abs(c) for c in a.values()), default=1.0)
+        same = all(abs(abs(c) - k) <= 1e-9 * k for c in a.values())
+        if len(a) > 1 and same and abs(k - 1.0) > 1e-9 and _conditions(a):
+            # one number before all cases
+            return mul([Num(k), self({m: 1.0 if c > 0 else -1.0 for m, c in a.items()})])
         items: list[tuple[bool, Math]] = []
         for literals, part in self.cases(a):
             value = self.factored(part)

@@ -6,7 +6,7 @@ up, trigger, candidates, target and strength of a routing), never by a name from
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from opdsl.formula.algebra import Atom
 from opdsl.formula.normal import Normal
@@ -90,11 +90,60 @@ def named(spec: Spec, plain: bool = False) -> Names:
     symbols = Symbols(short, next(iter(teachers)) if len(teachers) == 1 else None, plain)
     names = Names(spec, symbols, Printer(Normal(), symbols))
     for term in spec.terms:
+        _parts(names, term)
         if term.signal is not None and term.kind == "feedback":
             _signal(names, term)
         if term.routing.trigger is not None:
             _routing(names, term)
     return names
+
+
+# ---- parts of a signal --------------------------------------------------------------------------
+
+LONG = 6  # nodes: what is shorter than this may be written twice
+
+
+def _parts(names: Names, term: Term) -> None:
+    """Letters for what is read at another token, and for long parts that a signal repeats."""
+    roots = [x for x in (term.signal, term.gate, term.weight) if x is not None]
+    below = nodes_below(roots)
+    shifted = {_bare(n.args[0]).id for n in below if n.op == "shift"}
+    signal = nodes_below([term.signal]) if term.signal is not None else []
+    repeated = _repeated(signal) if term.route == "reward" else set()
+    table = names.printer.normal.names
+    for n in below:  # arguments before users: a part may read the letters of its own parts
+        if n.id in table or n is term.signal or n.op in SPELLED or n.q.axis is Axis.CONST:
+            continue
+        if n.id in repeated or (n.id in shifted and n.op not in TIMED):
+            b = names.letter("b", "b")
+            if n.q.axis is not Axis.TOK:
+                b = replace(b, timed=False, style="row" if n.q.axis is Axis.SEQ else "value")
+            names.give(n, b)
+            names.define(b.at("t"), "=", names.meaning(n))
+
+
+SPELLED = frozenset(["const", "param", "input", "schedule", "at_y", "sg", "live", "neg"])
+TIMED = frozenset(["scan", "scan_fwd", "shift"])  # printed at any time
+
+
+def _bare(n: Node) -> Node:
+    while n.op in ("sg", "live", "neg"):
+        n = n.args[0]
+    return n
+
+
+def _repeated(nodes: list[Node]) -> set[int]:
+    """Long parts with more than one user, where they do not lie inside another one with the same."""
+    users: dict[int, set[int]] = {}
+    for n in nodes:
+        for a in n.args:
+            users.setdefault(a.id, set()).add(n.id)
+    found: set[int] = set()
+    for n in nodes:
+        scalar = n.q.axis is not Axis.VOCAB and n.q.unit not in ("bool", "dist")
+        if scalar and len(users.get(n.id, ())) > 1 and len(nodes_below([n])) >= LONG:
+            found.add(n.id)
+    return found
 
 
 # ---- the reward route ---------------------------------------------------------------------------
@@ -116,6 +165,10 @@ def _signal(names: Names, term: Term) -> None:
         names.give(advantage, a)
         names.define(a.at("t"), "=", names.meaning(advantage), "own token only, frozen")
         return
+    if _spread(signal, advantage):
+        names.give(advantage, a)
+        names.define(a.at("t"), "=", names.meaning(signal), "frozen")
+        return
     if signal.op not in ("const", "param") and signal.q.axis is not Axis.CONST:
         r = names.letter("r", "r")
         names.give(signal, r)
@@ -123,6 +176,13 @@ def _signal(names: Names, term: Term) -> None:
     _returns(names, signal, advantage)
     names.give(advantage, a)
     names.define(a.at("t"), "=", names.meaning(advantage))
+
+
+def _spread(signal: Node, advantage: Node) -> bool:
+    """Whether the advantage is a number of the sequence, written on every token."""
+    if advantage.op != "mul" or signal not in advantage.args:
+        return False
+    return any(a.attr("name") == "one" for a in advantage.args)
 
 
 def _returns(names: Names, signal: Node, advantage: Node) -> None:

@@ -204,7 +204,9 @@ class Normal:
         for atom, p in sorted(m, key=lambda x: x[0].order):
             if atom.kind == "P":
                 out = plus(out, single(Atom("L", atom.key, atom.at)), p)
-            elif n.q.axis is Axis.CONST:
+            elif atom.kind == "exp":
+                out = plus(out, scaled(dict(atom.key), p))  # type: ignore[call-overload]
+            elif n.q.axis is Axis.CONST or (atom.kind in ("sum", "total") and len(m) > 1):
                 out = plus(out, single(Atom("log", frozen(single(atom)))), p)
             else:
                 return None

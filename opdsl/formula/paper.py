@@ -140,9 +140,14 @@ def push_latex(x: Push) -> str:
 
 def markdown(e: Explanation) -> str:
     """The page in markdown: formulas between dollars, the passport as a table."""
-    p, spec, f = e.passport, e.spec, e.formula
-    out = [f"# {_escaped(spec.name)}", ""]
-    out += [_escaped(spec.title), ""] if spec.title else []
+    title = [_escaped(e.spec.title), ""] if e.spec.title else []
+    out = [f"# {_escaped(e.spec.name)}", "", *title, *mathematics(e), "", *passport_table(e)]
+    return "\n".join(out) + "\n"
+
+
+def mathematics(e: Explanation) -> list[str]:
+    """L(θ), what its letters mean, and the push on the logits, as lines of markdown."""
+    f, out = e.formula, []
     for i, b in enumerate(f.blocks):
         out += ["$$", *_block(b, i == 0).lines, "$$", ""]
     notes = [b.note_l for b in f.blocks if b.note_l]
@@ -156,6 +161,12 @@ def markdown(e: Explanation) -> str:
     several = len(f.push) > 1
     for x in f.push:
         out.append(f"- {_escaped(x.term) + ': ' if several else ''}${push_latex(x)}$")
+    return out
+
+
+def passport_table(e: Explanation) -> list[str]:
+    """What a method reads and what its passport says, as a table without a heading."""
+    p, spec, f = e.passport, e.spec, e.formula
     rows_ = [
         ("states", "; ".join(states(spec))),
         ("teacher", "; ".join(teachers(spec))),
@@ -174,10 +185,10 @@ def markdown(e: Explanation) -> str:
         ("variance", e.variance()),
         ("evidence", p["evidence"] or "not stated"),
     ]
-    out += ["", "| | |", "|---|---|"]
+    out = ["| | |", "|---|---|"]
     out += [f"| {k} | {_escaped(v)} |" for k, v in rows_ if v]
-    out.append("| ids | " + ", ".join(f"{k} `{v}`" for k, v in p["fingerprints"].items()) + " |")
-    return "\n".join(out) + "\n"
+    prints = ", ".join(f"{k} `{v}`" for k, v in p["fingerprints"].items())
+    return [*out, f"| ids | {prints} |"]
 
 
 def _biases(e: Explanation) -> list[str]:
@@ -202,7 +213,9 @@ __all__ = [
     "display_math",
     "lines_of",
     "markdown",
+    "mathematics",
     "paper",
+    "passport_table",
     "push_latex",
     "rows",
 ]

@@ -53,7 +53,8 @@ _HEADS = {
     "JSD": "JSD",
 }
 MAX_PART = 300  # symbols of one operation with all that is inside; more is not written out
-TOO_LONG = Sym("…", r"\ldots")
+MAX_WHOLE = 1000  # of one formula; the largest shipped one has 220
+TOO_LONG = Sym("⟨…⟩", r"\langle\ldots\rangle")
 
 
 class Printer(Conditions):
@@ -67,6 +68,7 @@ class Printer(Conditions):
         self.ratios: dict[tuple[Dist, Dist], bool] = {}  # pair -> printed at y as well
         self.layout = Layout(self)
         self._written: dict[tuple, Math] = {}
+        self.cut = False  # whether something was too long to write
         self.depth = -1  # how many index letters are taken, less one: Σ_w inside an entry of v
 
     # -- entrances -----------------------------------------------------------------------------
@@ -74,9 +76,17 @@ class Printer(Conditions):
         return self.poly(self.normal.poly(n, at))
 
     def poly(self, a: Poly) -> Math:
-        return self.layout(
+        found = self.layout(
             differences(_means(self._windows(unmixed(recognised(a, not self.written_out)))))
         )
+        return self._cut(found, MAX_WHOLE)
+
+    def _cut(self, found: Math, most: int) -> Math:
+        """The expression, or ⟨…⟩ where nobody would read it to its end."""
+        if extent(found, most) <= most:
+            return found
+        self.cut = True
+        return TOO_LONG
 
     def moved(self, n: Node, time: str | None = None, row: str | None = None) -> Math:
         """The value of a node at another time or of another rollout."""
@@ -267,8 +277,7 @@ class Printer(Conditions):
         here = self.time, self.row, self.star, self.written_out, self.depth, self.symbols.plain
         key = (what, here, len(self.normal.names))
         if key not in self._written:
-            found = write()
-            self._written[key] = found if extent(found, MAX_PART) <= MAX_PART else TOO_LONG
+            self._written[key] = self._cut(write(), MAX_PART)
         return self._written[key]
 
     def _node(self, n: Node, at: str) -> Math:
@@ -277,7 +286,7 @@ class Printer(Conditions):
                 return self.symbols.param(str(n.attr("name")))
             case "schedule":
                 self.symbols.used["schedule", n.id] = n
-                return Sym("η", r"\eta", True)
+                return self.symbols.schedule(n.id)
             case "input":
                 return self._input(n)
             case "add" | "sub":
@@ -304,7 +313,9 @@ class Printer(Conditions):
             case "scan_fwd":
                 return self._so_far(n)
             case "max_t" if n.args[0].op == "neg":
-                return Add(((False, Big("min", Sym("k", "k"), self.moved(n.args[0].args[0], "k"))),))
+                return Add(
+                    ((False, Big("min", Sym("k", "k"), self.moved(n.args[0].args[0], "k"))),)
+                )
             case "max_t":
                 return Big("max", Sym("k", "k"), self.moved(n.args[0], "k"))
             case "rank_t":

@@ -74,14 +74,22 @@ def _kind(t: TeacherDecl) -> str:
         "logits": "full logits",
         "text": "text only",
     }[t.access]
+    more = " with more context" if t.context is not None else ""
     match t.kind:
         case "self":
             return f"the student with more context, {access}"
         case "ema":
-            return f"a moving average of the student (decay {t.decay:g}), {access}"
+            return f"{_average(t)}{more}, {access}"
         case "initial":
-            return "the student at step 0, full logits"
-    return f"an external model, {access}"
+            return f"the student at step 0{more}, full logits"
+    return f"an external model{more}, {access}"
+
+
+def _average(t: TeacherDecl) -> str:
+    steps = "" if t.every == 1 else f" every {t.every} steps"
+    if not t.decay:
+        return f"a copy of the student{steps or ' after every step'}"
+    return f"a moving average of the student (decay {t.decay:g}{steps})"
 
 
 def route(spec: Spec) -> str:

@@ -29,6 +29,7 @@ from opdsl.formula.notation import (
     unicode,
     words,
 )
+from opdsl.formula.printer import TOO_LONG
 from opdsl.formula.push import Push, push
 from opdsl.formula.recognise import Divergence
 from opdsl.ir.derive import strip
@@ -76,7 +77,10 @@ def formula(spec: Spec, program: Program) -> Formula:
     where = [*_sets(names), *names.definitions, *late]
     where += _rest(names, where)
     sets = [d for d in _sets(names) if d not in where]
-    return Formula(tuple(blocks), (*sets, *where), found, pushes, names, _letters(spec))
+    letters = _letters(spec)
+    if names.printer.cut:
+        letters = (*letters, (TOO_LONG, "a part too long to print"))
+    return Formula(tuple(blocks), (*sets, *where), found, pushes, names, letters)
 
 
 # ---- the loss --------------------------------------------------------------------------------
@@ -324,7 +328,7 @@ def _letter(names: Names, key: tuple) -> list[Definition]:
             assert isinstance(n, Node)
             over = "the run" if n.attr("over") is None else f"{n.attr('over'):g} steps"
             text = f"{number(n.attr('start'))} → {number(n.attr('stop'))}, {n.attr('kind')} over {over}"  # type: ignore[arg-type]
-            return [Definition(Sym("η", r"\eta"), "=", Text(text))]
+            return [Definition(symbols.schedule(key[1]), "=", Text(text))]
     return []
 
 

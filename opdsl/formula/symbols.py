@@ -25,7 +25,8 @@ _HAT, _BAR = "\u0302", "\u0304"
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A letter of the formula. style: "value", "flag" (n, negated 1 − n), "some" (C ≠ ∅)."""
+    """A letter of the formula. style: "value", "flag" (n, negated 1 − n), "some" (C ≠ ∅), "row"
+    (one number per rollout, b^j of another one)."""
 
     u: str
     l: str
@@ -35,6 +36,8 @@ class Named:
 
     def at(self, time: str, row: str = "") -> Sym:
         if not self.timed:
+            if row and self.style == "row":
+                return Sym(f"{self.u}^{row}", f"{{{self.l}}}^{{{row}}}")
             return Sym(self.u, self.l)
         index = time if len(time) == 1 else "{" + time + "}"
         up, lp = (f"^{row}", f"^{{{row}}}") if row else ("", "")
@@ -59,6 +62,11 @@ class Symbols:
     used: dict[tuple, object] = field(default_factory=dict)  # letters printed -> what they mean
     _sets: dict[int, str] = field(default_factory=dict)
     _mixes: dict[Dist, str] = field(default_factory=dict)
+
+    def schedule(self, node: int) -> Sym:
+        """η, with a prime for every earlier schedule that was printed."""
+        count = list(k for k in self.used if k[0] == "schedule").index(("schedule", node))
+        return Sym("η" + "′" * count, r"\eta" + "'" * count, True)
 
     # -- distributions -----------------------------------------------------------------------
     def dist(self, d: Dist) -> Sym:
@@ -99,6 +107,7 @@ class Symbols:
         return Sym(s.u[0] + mark + s.u[1:], f"{command}{{{first}}}{rest}")
 
     def _mixture(self, d: Dist) -> Sym:
+        d = _unbinned(d)  # the entry for the rest is a part of the set, not of the mixture
         if d not in self._mixes:
             self._mixes[d] = "m" + "′" * len(self._mixes)
         self.used["mix", d] = d
@@ -188,3 +197,11 @@ def short_names(names: list[str]) -> dict[str, str]:
 
 
 __all__ = ["Join", "Named", "Rel", "Symbols", "add", "mul", "primed", "short_names"]
+
+
+def _unbinned(d: Dist) -> Dist:
+    if d[0] == "bin":
+        return _unbinned(d[1])
+    if d[0] == "mix":
+        return (d[0], tuple((w, _unbinned(x)) for w, x in d[1]), *d[2:])
+    return d

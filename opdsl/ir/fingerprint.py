@@ -39,7 +39,10 @@ def fingerprints(program: Program) -> dict[str, str]:
     method = {
         "total": [canonical(p.total) for p in program.parts],
         "states": [_state(s) for s in spec.states],
-        "teachers": [[t.name, t.kind, t.context, t.decay, t.when] for t in spec.teachers],
+        "teachers": [
+            [t.name, t.kind, t.context, t.decay, t.when, *([t.every] if t.every > 1 else [])]
+            for t in spec.teachers
+        ],
         "critics": [[c.init, c.lr, c.warmup] for c in spec.critics],
     }
     runs = {

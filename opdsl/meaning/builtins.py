@@ -146,7 +146,7 @@ def reduce_rows(el: Elaborator, e: tree.Reduce, name: str, rows: str, body: Node
         total = _fold(el, body, rows, "sum", e)
         one = b.input("one", Quantity(body_axis(body, rows), "real", 1, 1, Info.STATE))
         count = b.maximum(_fold(el, one, rows, "sum", e), b.const(1.0))
-        return b.div(total, count)
+        return b.div(total, count, within=(min(body.q.low, 0.0), max(body.q.high, 0.0)))  # 0: none
     if name in ("sum", "max"):
         return _fold(el, body, rows, name, e)
     _unknown_reduction(el, e, name, ("sum", "mean", "max", "min", "std", "softmax"))
@@ -308,8 +308,7 @@ def _chance(el: Elaborator, e: tree.Expr, env: Env) -> vl.Value:
     b, p = el.b, el.number(e, env)
     if p.q.axis is Axis.VOCAB or p.q.unit in ("nats", "logprob", "reward", "bool"):
         el.fail("OPD201", e.span, "a chance is one probability per token", p.q.describe())
-    k = sum(n.op == "input" and n.attr("name") == "noise" for n in b.nodes)
-    noise = b.input("noise", Quantity(Axis.TOK, "real", 0, 1, Info.STATE), k=k)
+    noise = b.input("noise", Quantity(Axis.TOK, "real", 0, 1, Info.STATE), k=el.coin(e.span))
     return vl.Num(b.compare("<", noise, p))
 
 

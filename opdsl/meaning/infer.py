@@ -91,6 +91,8 @@ class Elaborator(Inliner):
         self.ctx = Context()
         self.std = std
         self._calls: list[tuple[Span, str]] = []
+        self._let: tuple[Thunk | None, int] = None, 0  # being read, and how many calls outside it
+        self._coins: dict[object, int] = {}  # place of a `chance` -> which draw of a token it is
         self.steps = 0
         self.access: dict[str, str] = {}  # teacher -> access level
         self.policies: tuple[str, ...] = ()  # who draws the texts of the method's states
@@ -218,7 +220,11 @@ class Elaborator(Inliner):
     def _name(self, e: tree.Name, env: Env) -> vl.Value:
         found = env.find(e.name)
         if isinstance(found, Thunk):
-            value = self.ev(found.expr, found.env)
+            outside, self._let = self._let, (found, len(self._calls))
+            try:
+                value = self.ev(found.expr, found.env)
+            finally:
+                self._let = outside
             if found.type is not None and isinstance(value, vl.Num):
                 value = vl.Num(self.check_type(value.node, found.type, e.span, e.name))
             return value
@@ -235,6 +241,13 @@ class Elaborator(Inliner):
             return vl.Closure(*definition)
         self.unknown(e.name, e.span, env)
         raise Stop
+
+    def coin(self, span: Span) -> int:
+        """The number of a `chance`: one for each place, however often a `let` around it is read."""
+        let, outside = self._let
+        path = [(s.source.name, s.start) for s, _ in self._calls[outside:]]
+        key = (id(let), *path, span.source.name, span.start)
+        return self._coins.setdefault(key, len(self._coins))
 
     def unknown(self, name: str, span: Span, env: Env) -> None:
         std = env.scope

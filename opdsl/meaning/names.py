@@ -18,6 +18,7 @@ from opdsl.diagnostics import Diagnostic, Label, Report
 from opdsl.resources import here, is_file, is_folder, resolved
 from opdsl.source import Source
 from opdsl.syntax import tree
+from opdsl.syntax.recover import ANYTHING
 
 BUILTIN_NAMES = frozenset(
     [
@@ -87,6 +88,7 @@ RESERVED = BUILTIN_NAMES | BUILTIN_FUNCTIONS
 
 MAX_IMPORT_DEPTH = 32
 MAX_IMPORTS = 500
+MAX_IMPORT_LINES = 100  # of one file
 
 
 @dataclass(eq=False)
@@ -251,7 +253,12 @@ class Loader:
     def _fill(
         self, scope: Scope, file: tree.File, path: Path | None, chain: tuple[Path, ...]
     ) -> None:
-        for imp in file.imports:
+        if len(file.imports) > MAX_IMPORT_LINES:
+            extra = file.imports[MAX_IMPORT_LINES]
+            note = f"{len(file.imports)} imports, at most {MAX_IMPORT_LINES}"
+            self.report.add(make("OPD009", extra.span, "this file imports too much", note))
+            self.lost.add(ANYTHING)
+        for imp in file.imports[:MAX_IMPORT_LINES]:
             self._import(scope, imp, path, chain)
         for item in file.items:
             name = item.name
@@ -362,8 +369,8 @@ class Loader:
         target = resolved(base / text)
         roots = [r for r in (self.root, self.shipped.resolve()) if r is not None]
         if Path(text).is_absolute() or not any(r == target or r in target.parents for r in roots):
-            inside = resolved(self.shipped / Path(text).name)
-            if not Path(text).is_absolute() and not is_file(target) and is_file(inside):
+            inside = self._shipped(text)
+            if not Path(text).is_absolute() and not is_file(target) and inside is not None:
                 return inside
             self.report.add(
                 make(
@@ -377,14 +384,24 @@ class Loader:
             return None
         if is_file(target):
             return target
-        for base in (self.shipped,):
-            inside = resolved(base / text)
-            if base.resolve() in inside.parents and is_file(inside):
-                return inside
+        inside = self._shipped(text)
+        if inside is not None:
+            return inside
         self._not_found(
             imp, [p.name for p in target.parent.glob("*.opd")] if is_folder(target.parent) else []
         )
         return None
+
+    def _shipped(self, text: str) -> Path | None:
+        """The one shipped file that a path means in a spec copied out of its folder."""
+        parts = [p for p in Path(text).parts if p not in (".", "..")]
+        inside = resolved(self.shipped.joinpath(*parts))
+        if self.shipped.resolve() in inside.parents and is_file(inside):
+            return inside
+        if not parts or Path(text).is_absolute():
+            return None
+        found = [p for p in self.shipped.rglob("*.opd") if p.parts[-len(parts) :] == tuple(parts)]
+        return resolved(found[0]) if len(found) == 1 else None
 
     def _not_found(self, imp: tree.Import, nearby: list[str]) -> None:
         stem = Path(imp.target).name

@@ -314,7 +314,9 @@ class Builder:
             low, high = qt.interval_mul(a.q, b.q)
         return self._elementwise("mul", (a, b), product_unit(a, b), low, high)
 
-    def div(self, a: Node, b: Node) -> Node:
+    def div(self, a: Node, b: Node, within: tuple[float, float] | None = None) -> Node:
+        """a / b. within: the range, where it is known to be narrower (a mean lies among what it
+        averages)."""
         a, b = self.number(a), self.number(b)
         if b.is_const(1):
             return a
@@ -329,11 +331,12 @@ class Builder:
         if a.is_const(1) and b.op == "exp":
             return self.exp(self.neg(b.args[0]))
         if _negated(a):
-            return self.neg(self.div(a.args[0], b))
+            inner = None if within is None else (-within[1], -within[0])
+            return self.neg(self.div(a.args[0], b, inner))
         if a.op == "mul" and b in a.args:
             return a.args[1] if a.args[0] is b else a.args[0]
         unit = "real" if a.q.unit == b.q.unit else a.q.unit
-        low, high = qt.interval_div(a.q, b.q)
+        low, high = within or qt.interval_div(a.q, b.q)
         return self._elementwise("div", (a, b), unit, low, high)
 
     def neg(self, a: Node) -> Node:
@@ -386,7 +389,7 @@ class Builder:
                 )
             return out
         if a.op == b.op == "const":
-            return self.const(a.value**b.value)
+            return self.const(_power(a.value, b.value))
         if b.value is not None:
             low, high = qt.interval_pow(a.q, b.value)
         else:
@@ -553,25 +556,33 @@ class Builder:
         a, b = self.number(a), self.number(b)
         if b.is_const(0):
             return a
-        low = 0.0 if a.q.low >= 0 and b.q.low >= 0 else -qt.INF
-        high = 0.0 if a.q.high <= 0 and b.q.low >= 0 else qt.INF
-        q = qt.join(a.q, b.q).with_(
-            axis=Axis.TOK, unit=a.q.unit, low=low, high=high, info=Info.FUTURE
-        )
-        return self.make("scan", (a, b), q)
+        return self.make("scan", (a, b), _carried(a, b).with_(info=Info.FUTURE))
 
     def scan_fwd(self, a: Node, b: Node) -> Node:
         """C[t] = a[t] + b[t] C[t-1]: what happened up to a token, its own value included."""
         a, b = self.number(a), self.number(b)
         if b.is_const(0):
             return a
-        low = 0.0 if a.q.low >= 0 and b.q.low >= 0 else -qt.INF
-        high = 0.0 if a.q.high <= 0 and b.q.low >= 0 else qt.INF
-        q = qt.join(a.q, b.q).with_(axis=Axis.TOK, unit=a.q.unit, low=low, high=high)
-        return self.make("scan_fwd", (a, self.shift(b, 1)), q)
+        return self.make("scan_fwd", (a, self.shift(b, 1)), _carried(a, b))
 
 
 # ---- units -------------------------------------------------------------------------------
+
+
+def _power(x: float, n: float) -> float:
+    """x ^ n; infinite or no number where it has no value, which `limits` reports."""
+    try:
+        found = x**n
+    except (OverflowError, ZeroDivisionError):
+        return math.inf
+    return math.nan if isinstance(found, complex) else found
+
+
+def _carried(a: Node, b: Node) -> Quantity:
+    """The type of a sum of `a` along a sequence at rate `b`."""
+    low = 0.0 if a.q.low >= 0 and b.q.low >= 0 else -qt.INF
+    high = 0.0 if a.q.high <= 0 and b.q.low >= 0 else qt.INF
+    return qt.join(a.q, b.q).with_(axis=Axis.TOK, unit=a.q.unit, low=low, high=high)
 
 
 def _moved(info: Info, n: int) -> Info:

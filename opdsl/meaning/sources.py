@@ -234,11 +234,14 @@ def _policy(
 
 
 def teacher(el: Elaborator, t: tree.Teacher, env: Env) -> TeacherDecl:
-    """`teacher N = external(access = …) when prompt.field == "…"`."""
+    """`teacher N = external(access = …) when prompt.field == "…"`.
+
+    Every kind takes a `context`: the prompt it reads is then the template, filled in.
+    """
     when = _when(el, t.when, env) if t.when is not None else None
     e, name = t.value, t.name.name
     kind = _func_name(e) or (e.name if isinstance(e, tree.Name) else "")
-    if kind == "initial":
+    if kind == "initial" and not isinstance(e, tree.Call):
         return TeacherDecl(name, "initial", "logits", when=when, span=t.span)
     kinds = ("external", "self", "ema", "initial")
     if kind not in kinds or not isinstance(e, tree.Call):
@@ -255,8 +258,13 @@ def teacher(el: Elaborator, t: tree.Teacher, env: Env) -> TeacherDecl:
             ],
         )
     assert isinstance(e, tree.Call)
+    if kind == "initial":
+        args = named(el, e, ("context",), ("context",))
+        return TeacherDecl(
+            name, "initial", "logits", context=_context(el, args), when=when, span=t.span
+        )
     if kind == "external":
-        args = named(el, e, ("access",))
+        args = named(el, e, ("access", "context"))
         if "access" not in args:
             el.fail(
                 "OPD105",
@@ -266,16 +274,12 @@ def teacher(el: Elaborator, t: tree.Teacher, env: Env) -> TeacherDecl:
                 helps=["external(access = sampled | top(k) | score_ids | logits | text)"],
             )
         access, k = _access(el, args["access"], env)
-        return TeacherDecl(name, "external", access, k, when=when, span=t.span)
+        return TeacherDecl(name, "external", access, k, _context(el, args), when=when, span=t.span)
     if kind == "self":
         args = named(el, e, ("context", "access"), ("context",))
-        context = args.get("context")
-        if context is not None and not isinstance(context, tree.Text):
-            el.fail("OPD202", context.span, "a context is a text", 'self(context = "…")')
         access, k = _access(el, args["access"], env) if "access" in args else ("logits", None)
-        text = context.value if isinstance(context, tree.Text) else None
-        return TeacherDecl(name, "self", access, k, text, when=when, span=t.span)
-    args = named(el, e, ("policy", "decay"), ("policy", "decay"))
+        return TeacherDecl(name, "self", access, k, _context(el, args), when=when, span=t.span)
+    args = named(el, e, ("policy", "decay", "every", "context"), ("policy", "decay"))
     word(
         el,
         args.get("policy", tree.Name("student", e.span)),
@@ -287,7 +291,23 @@ def teacher(el: Elaborator, t: tree.Teacher, env: Env) -> TeacherDecl:
         el.fail(
             "OPD110", args["decay"].span, f"a decay lies in [0, 1), this is {decay:g}", "outside"
         )
-    return TeacherDecl(name, "ema", "logits", decay=decay, when=when, span=t.span)
+    every = el.static(args["every"], env, "a number of steps") if "every" in args else 1
+    if not (every >= 1 and float(every).is_integer()):
+        el.fail(
+            "OPD110", args["every"].span, f"`every` is a whole number of steps, this is {every:g}",
+            "from 1 step on",
+        )  # fmt: skip
+    context = _context(el, args)
+    return TeacherDecl(
+        name, "ema", "logits", None, context, decay, int(every), when=when, span=t.span
+    )
+
+
+def _context(el: Elaborator, args: dict[str, tree.Expr]) -> str | None:
+    context = args.get("context")
+    if context is not None and not isinstance(context, tree.Text):
+        el.fail("OPD202", context.span, "a context is a text", 'self(context = "…")')
+    return context.value if isinstance(context, tree.Text) else None
 
 
 def _access(el: Elaborator, e: tree.Expr, env: Env) -> tuple[str, int | None]:

@@ -64,6 +64,7 @@ class TeacherDecl:
     k: int | None = None
     context: str | None = None
     decay: float | None = None
+    every: int = 1  # optimizer steps between two updates of an average
     when: tuple[str, str] | None = None
     span: Span = NOWHERE
 

@@ -64,6 +64,7 @@ class Elaboration:
         self.report = report
         self.settings = dict(settings or {})
         self.used_settings: set[str] = set()
+        self.uses = 0  # of methods as terms, those inside others included
         self.builder = Builder()
         self.el = Elaborator(self.builder, report, std)
         self.flattener = Flattener(report)
@@ -258,7 +259,8 @@ class Elaboration:
             return vl.Bad()
         frame.teachers.append(decl)
         self.el.access[decl.name] = decl.access
-        return vl.LeafDist("initial" if decl.kind == "initial" else decl.name)
+        plain = decl.kind == "initial" and decl.context is None
+        return vl.LeafDist("initial" if plain else decl.name)
 
     def _let(self, frame: Frame, name: str, entry: Scoped) -> vl.Value:
         stmt = entry.stmt

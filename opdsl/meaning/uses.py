@@ -9,6 +9,7 @@ from opdsl.diagnostics import Label
 from opdsl.meaning import sources
 from opdsl.meaning.flatten import Scoped
 from opdsl.meaning.infer import Env, Stop
+from opdsl.meaning.limits import MAX_TERMS
 from opdsl.meaning.names import closest
 from opdsl.meaning.spec import StateSource, Term
 from opdsl.meaning.values import Domain
@@ -47,6 +48,13 @@ def use_method(
                 ],
             )
         )
+        return []
+    ela.uses += 1
+    if ela.uses > MAX_TERMS:
+        if ela.uses == MAX_TERMS + 1:
+            message = "this method unfolds into too many terms"
+            label = f"here methods have been used {MAX_TERMS} times"
+            ela.report.add(make("OPD009", func.span, message, label))
         return []
     if frame.prefix.count(".") > 8:
         ela.report.add(

@@ -31,7 +31,7 @@ from opdsl.meaning.node import Node
 from opdsl.meaning.spec import Spec, Term
 from opdsl.passport import field
 from opdsl.passport.evaluate import Unknown
-from opdsl.passport.fit import fitted
+from opdsl.passport.fit import Twice, fitted
 from opdsl.passport.local import STILL, Claims, derived
 from opdsl.passport.pieces import SPREADS, mean_of, per_token, sources, whole
 from opdsl.passport.strict import Scene, Strict, scene
@@ -41,7 +41,10 @@ FAR = 10**9  # no set or shift is cut
 
 def claims(spec: Spec, search: bool = True) -> Claims:
     """The four claims; without `search` only what derivation decides."""
-    fit = _cut(spec)
+    try:
+        fit = _cut(spec)
+    except Twice:
+        return Claims()
     out = _safe(fit, None).filled(_term_by_term(fit))
     if None in vars(out).values():
         for outcome in (0.0, 1.0):  # a verifier that always says the same is a verifier

@@ -116,7 +116,7 @@ def roles(a: Spec, b: Spec) -> Roles:
 
 
 def _asked(spec: Spec) -> list[TeacherDecl]:
-    return [t for t in spec.teachers if t.kind != "initial"]
+    return [t for t in spec.teachers if t.kind != "initial" or t.context is not None]
 
 
 def _count(n: int, what: str) -> str:
@@ -231,8 +231,9 @@ def _declared(spec: Spec, table: Table, side: int) -> list[tuple]:
     """What the teachers are; what they can be asked for is no part of the method."""
     out = []
     for t in spec.teachers:
-        name = "initial" if t.kind == "initial" else table.dist(side, t.name)
-        out.append((name, t.kind, t.context, t.decay, t.when))
+        plain = t.kind == "initial" and t.context is None
+        name = "initial" if plain else table.dist(side, t.name)
+        out.append((name, t.kind, t.context, t.decay, t.every, t.when))
     return sorted(out, key=str)
 
 

@@ -201,6 +201,7 @@ def _holds(loss: Node) -> bool:
     return any(n.op == "sg" and n.args[0].q.live for n in nodes_below([loss]))
 
 
+@np.errstate(all="ignore")  # values near the largest number fit nothing
 def _fit(spec: Spec, term: Term, world: World, tail: str | None) -> dict[str, float] | None:
     """Comparison -> coefficient, for the values of a loss in one world, under a tail rule."""
     try:

@@ -16,11 +16,14 @@ import numpy as np
 from opdsl.ir.program import rewrite
 from opdsl.meaning.graph import nodes_below, static_value
 from opdsl.meaning.node import COUPLING_OPS, Builder, Node
+from opdsl.meaning.quantity import Axis
 from opdsl.meaning.spec import Spec, Support, Term
 from opdsl.records import replace
 
 Values = Callable[[Node], "np.ndarray | None"]
-ALONG = frozenset({"scan", "shift", "sum_t"})  # couplings within one response
+ALONG = frozenset(
+    {"scan", "scan_fwd", "shift", "sum_t", "max_t", "rank_t"}
+)  # couplings within one response
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,18 @@ class Fitted:
 def fitted(spec: Spec, values: Values, vocab: int, cap: int) -> Fitted:
     """The method for models of `vocab` tokens and responses of at most `cap`.
 
-    values(node): what the node is in a random small model, None where it cannot be told there.
+    Raises Twice. values(node): what the node is in a random small model, None where it cannot be told there.
     """
+    check_chances(spec)
     b, notes = spec.builder, []
     roots = [n for t in spec.terms for n in (t.loss, t.gate, t.weight)]
     moved = _thresholds(roots, values)
 
     def change(n: Node, args: tuple[Node, ...]) -> Node | None:
+        if n.op == "where" and _by_chance(n.args[0]):
+            notes.append("a chance counts as its probability")
+            p, one = _probability(b, args[0]), b.const(1.0)
+            return b.add(b.mul(p, args[1]), b.mul(b.sub(one, p), args[2]))
         if n.op in ("top", "top_p"):
             k = int(n.attr("k"))  # type: ignore[call-overload]
             if k >= vocab and n.op == "top":
@@ -61,6 +69,46 @@ def fitted(spec: Spec, values: Values, vocab: int, cap: int) -> Fitted:
 
     terms = tuple(_term(t, go) for t in spec.terms)
     return Fitted(replace(spec, terms=terms), tuple(dict.fromkeys(notes)))
+
+
+class Twice(ValueError):
+    """One draw of a chance decides two factors of a term: no mean of either says the product."""
+
+
+def check_chances(spec: Spec) -> None:
+    """Raises Twice."""
+    for t in spec.terms:
+        seen: set[int] = set()
+        for n in nodes_below([t.loss, t.gate, t.weight]):
+            if n.op == "where" and _by_chance(n.args[0]):
+                drawn = {x.id for x in nodes_below([n.args[0]]) if _is_noise(x)}
+                if seen & drawn:
+                    raise Twice("one chance decides two factors of a term")
+                seen |= drawn
+
+
+def _is_noise(n: Node) -> bool:
+    return n.op == "input" and n.attr("name") == "noise"
+
+
+def _by_chance(test: Node) -> bool:
+    return test.q.axis < Axis.VOCAB and any(_is_noise(x) for x in nodes_below([test]))
+
+
+def _probability(b: Builder, test: Node) -> Node:
+    """That a condition holds, over its independent draws."""
+    one, zero = b.const(1.0), b.const(0.0)
+    match test.op:
+        case "lt" if _is_noise(test.args[0]):
+            return b.minimum(b.maximum(test.args[1], zero), one)
+        case "not":
+            return b.sub(one, _probability(b, test.args[0]))
+        case "and":
+            return b.mul(_probability(b, test.args[0]), _probability(b, test.args[1]))
+        case "or":
+            miss = [b.sub(one, _probability(b, a)) for a in test.args]
+            return b.sub(one, b.mul(*miss))
+    return b.where(test, one, zero)
 
 
 def _with(b: Builder, node: Node, args: tuple[Node, ...], name: str, value: int) -> Node:

@@ -168,6 +168,11 @@ class _Reader:
             case "scan":
                 if (rate := self.number(n.args[1])) is not None:
                     return self.read(n.args[0]).map(lambda m: _scanned(m, rate[:, 0]))
+            case "scan_fwd":
+                if (rate := self.number(n.args[1])) is not None:
+                    return self.read(n.args[0]).map(
+                        lambda m: _scanned(m[::-1], rate[:, 0], before=True)[::-1]
+                    )
             case "sum_t":
                 return self.read(n.args[0]).map(
                     lambda m: np.broadcast_to(m.sum(0, keepdims=True), m.shape).copy()
@@ -186,10 +191,13 @@ def _shifted(m: np.ndarray, k: int) -> np.ndarray:
     return out
 
 
-def _scanned(m: np.ndarray, rate_T: np.ndarray) -> np.ndarray:
+def _scanned(m: np.ndarray, rate_T: np.ndarray, before: bool = False) -> np.ndarray:
+    """From the last row to the first: out = m + rate · what follows. before: rows and rates run
+    the other way, and a rate belongs to the token it comes from."""
+    rates = np.roll(rate_T, 1)[::-1] if before else rate_T
     out, after = np.zeros_like(m), np.zeros_like(m[0])
     for t in reversed(range(len(m))):
-        after = out[t] = m[t] + rate_T[t] * after
+        after = out[t] = m[t] + rates[t] * after
     return out
 
 

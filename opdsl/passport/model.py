@@ -34,7 +34,7 @@ from opdsl.passport import enumerate as exact
 from opdsl.passport.coupling import BATCHED, GROUPED, LOOPED, drawn, roots
 from opdsl.passport.pieces import learner, share_of, sources
 from opdsl.passport.returns import credit_of
-from opdsl.passport.strict import STEP, STEPS
+from opdsl.passport.strict import SOURCE, STEP, STEPS
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,15 +88,28 @@ class Small:
 
     def law(self, source: StateSource, case: Case, z_SV: Tensor) -> Tensor:
         """Log-probabilities [S, V] a token is drawn with; -inf where it cannot be."""
-        if source.policy in ("data", "golden"):
+        if source.policy == "blend":
+            parts = [w * self._policy(n, source, case, z_SV).exp() for w, n in source.parts]
+            return torch.stack(parts).sum(0).log()
+        if source.policy == "interleaved":
+            draft, judge = (self._policy(n, source, case, z_SV).exp() for _, n in source.parts)
+            k = min(source.accept or 1, judge.shape[-1] - 1)
+            kept = torch.zeros_like(judge).scatter(-1, judge.topk(k, -1).indices, 1.0)
+            lost = (draft * (1 - kept)).sum(-1, keepdim=True)
+            return (draft * kept + lost * judge).log()
+        return self._policy(source.policy, source, case, z_SV)
+
+    def _policy(self, name: str, source: StateSource, case: Case, z_SV: Tensor) -> Tensor:
+        """Log-probabilities [S, V] of one policy, tempered and cut as the source says."""
+        if name in ("data", "golden"):
             return torch.log_softmax(case.data_SV, -1)
         x = z_SV.detach()
-        if source.policy == "old":
+        if name == "old":
             x = x + case.lag_SV
-        elif source.policy == "initial":
+        elif name == "initial":
             x = case.initial_SV
-        elif source.policy != "student":
-            x = case.teachers.get(source.policy, self.teacher(case))
+        elif name != "student":
+            x = case.teachers.get(name, self.teacher(case))
         return sampling(x / source.temperature, source)
 
     # -- the expected gradient ----------------------------------------------------------------
@@ -119,6 +132,7 @@ class Small:
 
     def _under(self, source: StateSource, case: Case, z_SV: Tensor, wrong: bool) -> exact.Measured:
         w, g = self.tree, self.group
+        case = marked(case, source.policy)
         pick, times_M = self._draws
         logp_SV = self.law(source, case, z_SV)
         logp_BT = logp_SV[w.state_BT, w.tokens_BT].masked_fill(~w.mask_BT, 0.0)
@@ -215,11 +229,12 @@ class Small:
         states = w.state_BT[pick]
         leaf = z_SV.detach()[states].requires_grad_()
         own_BT = torch.log_softmax(z_SV, -1)[w.state_BT, w.tokens_BT]
-        golden = _one_group(self._batch(case, leaf, pick, own_BT, None))
+        golden = _one_group(self._batch(marked(case, "golden"), leaf, pick, own_BT, None))
         first = torch.arange(self.group)
         rows = z_SV.detach()[w.state_BT[first]]
         values = {c: torch.zeros(w.size[0], dtype=z_SV.dtype) for c in self.critics}
-        main = self._batch(case, rows, first, own_BT, values or None, golden)
+        here = marked(case, sources(self.spec)[0].policy)
+        main = self._batch(here, rows, first, own_BT, values or None, golden)
         (dz_BTV,) = torch.autograd.grad(self.module(main).loss, leaf)
         out.index_put_((states,), dz_BTV, accumulate=True)
         return out if self.coupled else out / len(pick)
@@ -348,6 +363,11 @@ def _one_group(batch: Batch) -> Batch:
     """All rows of a batch as one group."""
     layout = dataclasses.replace(batch.layout, group_B=torch.zeros_like(batch.layout.group_B))
     return dataclasses.replace(batch, layout=layout)
+
+
+def marked(case: Case, policy: str) -> Case:
+    """The case with who wrote its responses on the prompt: what `drawn(…)` asks."""
+    return dataclasses.replace(case, prompt={**case.prompt, SOURCE: policy})
 
 
 def chosen(r: Routed, prompt: Mapping[str, str]) -> int:

@@ -103,8 +103,12 @@ class View:
     @cached_property
     def objective(self) -> str:
         text = self._follows()
+        given = [s.policy for s in self.spec.states if s.policy not in MOVING]
+        alone = given and len(given) == len(self.spec.states) and not self.term.teachers
+        if alone and self.term.route == "loss" and self.sampled:
+            return f"likelihood of text from {' and '.join(dict.fromkeys(given))}"
         if self.misdrawn and "not decided" not in text:
-            text += ", had the student as it is drawn the tokens"
+            text += " (if the student, as it is now, had drawn the tokens)"
         return text
 
     def _follows(self) -> str:
@@ -146,6 +150,8 @@ class View:
         if s is None:
             return "not decided"
         if s.zero:
+            if max(self.term.gate.q.info, self.term.weight.q.info) >= Info.ACTION:
+                return "not decided (only what reads the sampled token beside it has a mean)"
             return "none: the expected gradient is zero"
         if s.parts is not None:
             return f"{combination(s.parts, self.teacher)} at visited states, in expectation over y"
@@ -155,7 +161,7 @@ class View:
 
     def _reward(self) -> str:
         term, s, credit = self.term, self.shape, self.credit
-        if not term.teachers and term.signal is not None and not dists_below([term.signal]):
+        if outcome_alone(term):
             return "expected reward of whole sequences"
         if s is not None and s.zero:
             if credit.kind == "immediate":
@@ -255,10 +261,14 @@ class View:
 
     @cached_property
     def monotone(self) -> bool:
-        """A bounded or bent log-ratio: same sign, zero where both agree (theory §6.3)."""
+        """A bounded or bent log-ratio: the sign of the gap, or a number that grows with it and
+        with nothing else; what is added to all tokens alike has no mean field (theory §6.3)."""
         if self._signal is None:
             return False
         r, gap = self._signal
+        steps = np.diff(r.ravel()[np.argsort(gap, axis=None)])
+        if steps.min() >= -1e-12 < 1e-12 < steps.max():
+            return True
         return bool((r * gap >= -1e-12).all() and (r * gap > 0).any())
 
 
@@ -360,8 +370,14 @@ def conservative_reason(spec: Spec, found: list[View], claim: Claims) -> str:
     return "an objective of whole sequences" if moving else "states do not move with the student"
 
 
+def outcome_alone(term: Term) -> bool:
+    """A reward of the verifier without a word of a teacher."""
+    signal = term.signal
+    return not term.teachers and signal is not None and not dists_below([signal])
+
+
 def _why_not(found: list[View], moving: bool) -> str:
-    kinds = {v.credit.kind for v in found}
+    kinds = {v.credit.kind for v in found if not outcome_alone(v.term)}
     if "discounted" in kinds or any(
         v.credit.kind == "gae" and (v.credit.gamma or 0) < 1 for v in found
     ):

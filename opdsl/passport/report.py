@@ -128,6 +128,8 @@ def descent(spec: Spec, found: list[View]) -> dict[str, str]:
     if total is None:
         return undecided
     s = field.fitted(total, world)
+    if s.zero and any(v.misdrawn for v in main):
+        return undecided  # zero only if the student had drawn the text
     if s.zero:
         return dict.fromkeys(undecided, "not guaranteed (the expected field is zero)")
     out = {}

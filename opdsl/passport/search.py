@@ -15,7 +15,7 @@ from opdsl.passport.local import Claims
 if TYPE_CHECKING:
     from opdsl.passport.model import Small
 
-BUDGET = 1000.0  # milliseconds of one core, by the estimate of `_cost`
+BUDGET = 600.0  # milliseconds of one core, by the estimate of `_cost`
 MODELS = ((2, 7001, 1.0), (2, 7002, 2.0), (3, 7003, 1.2))  # (length cap, seed, spread)
 
 

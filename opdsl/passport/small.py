@@ -26,9 +26,9 @@ from opdsl.meaning.spec import Routed, Spec
 from opdsl.passport import enumerate as exact
 from opdsl.passport.coupling import GROUPED, LOOPED, reads_batch, roots
 from opdsl.passport.fit import fitted
-from opdsl.passport.model import Case, Small
+from opdsl.passport.model import Case, Small, marked
 from opdsl.passport.pieces import sources
-from opdsl.passport.strict import reads_fields
+from opdsl.passport.strict import SOURCE, reads_fields
 
 
 def small(spec: Spec, tree: exact.Tree | None = None, seed: int = 0, spread: float = 1.0) -> Small:
@@ -93,6 +93,7 @@ def _prompts(spec: Spec, nodes: list[Node]) -> list[dict[str, str]]:
     """One prompt of every kind the method tells apart and has a teacher for."""
     asked = reads_fields(nodes) | {c for r in spec.routed for c in r.conditions if c is not None}
     asked |= {t.when for t in spec.teachers if t.when is not None}
+    asked = {c for c in asked if c[0] != SOURCE}
     kinds: list[dict[str, str]] = [{name: value} for name, value in sorted(asked)]
     if not kinds:
         return [{}]
@@ -110,7 +111,8 @@ def _values_in(m: Small) -> Callable[[Node], np.ndarray | None]:
 
     def values(node: Node) -> np.ndarray | None:
         if "run" not in state:
-            w, case, z = m.tree, m.cases[0], m.student_PSV[0]
+            w, z = m.tree, m.student_PSV[0]
+            case = marked(m.cases[0], sources(m.spec)[0].policy)
             rows = torch.arange(len(w.responses))
             own_BT = torch.log_softmax(z, -1)[w.state_BT, w.tokens_BT]
             leaf = z[w.state_BT]

@@ -22,6 +22,7 @@ from opdsl.passport.evaluate import Evaluator, S, V, World, normal, random_world
 
 PLACES = 6  # response positions that the states are spread over
 STEP, STEPS = 5, 10  # halfway through a run
+SOURCE = "@source"  # the field of a prompt that says who wrote the response
 PLAIN = StateSource("rollouts", "student")
 
 
@@ -38,12 +39,24 @@ class Scene(World):
     def law(self) -> np.ndarray:
         """Probabilities [S, V] the sampled token is drawn with."""
         s = self.source
+        if s.policy == "blend":
+            return sum((w * self._drawn_by(name) for w, name in s.parts), np.zeros((S, V)))
+        if s.policy == "interleaved":
+            draft, judge = (self._drawn_by(name) for _, name in s.parts)
+            kept = np.argsort(np.argsort(-judge, -1), -1) < min(s.accept or 1, V - 2)
+            lost = np.where(kept, 0.0, draft).sum(-1, keepdims=True)
+            return np.where(kept, draft, 0.0) + lost * judge
+        return self._drawn_by(s.policy)
+
+    def _drawn_by(self, policy: str) -> np.ndarray:
+        """Probabilities [S, V] of one policy, tempered and cut."""
+        s = self.source
         rng = np.random.default_rng([self.seed, 77])
         noise = rng.normal(0, 0.5, (S, 1, V))
-        if s.policy in ("data", "golden"):
+        if policy in ("data", "golden"):
             return np.exp(normal(3 * noise)[:, 0])
-        x = self.student if s.policy in ("student", "old") else self.logp(s.policy, 1.0)
-        if s.policy == "old":
+        x = self.student if policy in ("student", "old") else self.logp(policy, 1.0)
+        if policy == "old":
             x = x + noise
         return tilted(normal(x / s.temperature)[:, 0], s)
 
@@ -54,7 +67,8 @@ class Scene(World):
 
     @property
     def moves(self) -> bool:
-        return self.source.policy in ("student", "old")
+        names = {self.source.policy, *(name for _, name in self.source.parts)}
+        return bool(names & {"student", "old"})
 
     @property
     def place(self) -> np.ndarray:
@@ -124,6 +138,8 @@ class Strict(Evaluator):
                 return np.where(w.law > 0, np.log(np.where(w.law > 0, w.law, 1.0)), w.student[:, 0])
             case "special":
                 return np.broadcast_to((np.arange(V) % 3 == 1).astype(float), (S, V))
+            case "field" if n.attr("field") == SOURCE:
+                return np.float64(n.attr("equals") == w.source.policy)
             case "field":
                 kinds = sum(map(ord, f"{n.attr('field')}={n.attr('equals')}")) % 2
                 return ((np.arange(S) // 2 + kinds) % 2)[:, None].astype(float)
@@ -169,5 +185,5 @@ def reads_fields(nodes: list[Node]) -> set[tuple[str, str]]:
     return {
         (str(n.attr("field")), str(n.attr("equals")))
         for n in nodes_below(nodes)
-        if n.op == "input" and n.attr("name") == "field"
+        if n.op == "input" and n.attr("name") == "field" and n.attr("field") != SOURCE
     }

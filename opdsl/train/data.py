@@ -113,7 +113,7 @@ class TaskData:
 
     def context_ids(self, prompt: Any, template: str | None) -> Sequence[int]:
         """The task's own privileged prompt stands in for a text template."""
-        return prompt.teacher_ids
+        return prompt.teacher_ids if template is None else prompt.hinted or prompt.teacher_ids
 
     def prompt_text(self, prompt: Any) -> str:
         return self.task.decode_text(prompt.ids)

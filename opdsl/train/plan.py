@@ -116,10 +116,11 @@ def make_plan(method, settings: RunSettings) -> Plan:
     named = bool(settings.student or given or settings.data)
     task = settings.task
     if task is None and not named and not block_teachers:
-        task = "chain"
-        notes.append("no models given: training the embedded pair on the task `chain`")
+        task = default_task(method.spec)
+        notes.append(f"no models given: training the embedded pair on the task `{task}`")
     if task is not None:
         _check_task(task)
+        notes += _context_note(method.spec, task)
         if settings.data:
             raise problem("OPD112", "--task and --data exclude each other", exit_code=2)
         student = settings.student or EMBEDDED
@@ -156,6 +157,24 @@ def make_plan(method, settings: RunSettings) -> Plan:
         settings=settings,
         notes=tuple(notes),
     )
+
+
+def default_task(spec) -> str:
+    """The embedded task a method is tried on: one with something to put in a context, where a
+    teacher reads one."""
+    return "hinted" if any(t.context is not None for t in spec.teachers) else "chain"
+
+
+def _context_note(spec, task: str) -> list[str]:
+    """What stands in for the text of a context on an embedded task."""
+    from opdsl.train.embedded import get_task
+
+    names = [t.name for t in spec.teachers if t.context is not None]
+    if not names:
+        return []
+    if get_task(task).hints:
+        return [f"the context of {_list(names)} is the answer, in the prompt's slot for a hint"]
+    return [f"the task `{task}` has no hint: {_list(names)} reads the plain prompt (try `hinted`)"]
 
 
 def complete(plan: Plan, method, rows: int | None) -> Plan:

@@ -204,7 +204,9 @@ def share_at(share: Any, step: int, steps: int) -> float:
 def extended(prompt: Any, forced: list[int]) -> Any:
     """The prompt with the first tokens of a right response appended, for every reader."""
     more = tuple(forced)
-    kept = {"forced": more} if hasattr(prompt, "forced") else {}
+    kept: dict[str, Any] = {"forced": more} if hasattr(prompt, "forced") else {}
+    if getattr(prompt, "hinted", ()):
+        kept["hinted"] = (*prompt.hinted, *more)
     ids, teacher_ids = (*prompt.ids, *more), (*prompt.teacher_ids, *more)
     return replace(prompt, ids=ids, teacher_ids=teacher_ids, **kept)
 

@@ -9,8 +9,29 @@ from opdsl.passport import enumerate as exact
 
 from . import toy
 from .effects import (
-    A, B, J_FRO, J_SEQ, REVERSE, SMALL_S, SMALL_T, STUDENT, TEACHER, WON, agrees, apart, at,
-    at_token, by_state, effect, field, measured, off, probs, small, turned, variant,
+    J_FRO,
+    J_SEQ,
+    REVERSE,
+    SMALL_S,
+    SMALL_T,
+    STUDENT,
+    TEACHER,
+    WON,
+    A,
+    B,
+    agrees,
+    apart,
+    at,
+    at_token,
+    by_state,
+    effect,
+    field,
+    measured,
+    off,
+    probs,
+    small,
+    turned,
+    variant,
 )  # fmt: skip
 
 # ---- credit: R30-R38 ---------------------------------------------------------------------------------
@@ -201,7 +222,6 @@ def _(m):
     direct = [t for t in m.spec.terms if t.route == "loss"]
     if not direct:
         return 0.0
-    p, q = probs()
     already = (-REVERSE).reshape(-1) > 0
     alone = toy.method(
         """support full

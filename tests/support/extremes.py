@@ -87,6 +87,12 @@ def extremes() -> Iterator[Input]:
                 f"{n} x {piece.strip()!r}", FRAME.format("1").replace("  weight", rows + "  weight")
             )
     bare = FRAME.format("1").removeprefix("opd 1\n")
+    for n in (20, 600):
+        many = "".join(bare.replace("method m ", f"method m{i} ") for i in range(n))
+        yield Input(f"{n} methods", f"opd 1\n{many}")
+        yield Input(f"{n} methods of one name", f"opd 1\n{bare * n}")
+    yield Input("5000 definitions of one name", "opd 1\n" + "def f() : real = 1\n" * 5000)
+    yield Input("5000 imports", "opd 1\n" + 'import "./no.opd" (a)\n' * 5000)
     for n in (8, 30, 300):
         chain = "".join(f'method m{i} extends m{i + 1} "x" {{ }}\n' for i in range(n))
         last = bare.replace("method m ", f"method m{n} ")

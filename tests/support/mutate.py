@@ -20,7 +20,7 @@ from support import phrases
 from support.generate import spec
 
 ROOT = Path(__file__).parent.parent.parent
-PLACE = ROOT / "specs" / "fuzz.opd"  # imports of shipped specs are found from here
+PLACE = ROOT / "specs" / "fuzz.opd"
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class Input:
 
     kind: str
     text: str
+    folder: Path = ROOT / "specs"  # imports are found from here
 
     @property
     def source(self) -> Source:
-        return Source("fuzz.opd", self.text, str(PLACE))
+        return Source("fuzz.opd", self.text, str(self.folder / "fuzz.opd"))
 
 
 @cache
@@ -312,7 +313,7 @@ def draw(seed: int) -> Input:
     if kind < 10:
         name, text = r.choice(shipped() if kind < 8 else corpus())
         how, text = mutated(r, text)
-        return Input(f"{name}: {how}", text)
+        return Input(f"{name}: {how}", text, (ROOT / name).parent)
     if kind < 12:
         return Input("generated", allowed(r, spec(r.randrange(10**6)).text))
     if kind < 15:

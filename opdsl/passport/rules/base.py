@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 from opdsl.codes import make
 from opdsl.diagnostics import Report
 from opdsl.ir.derive import Cotangent, cotangents
+from opdsl.meaning.builtins import SOURCE_FIELD
 from opdsl.meaning.graph import nodes_below, reads
 from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import Info
-from opdsl.meaning.spec import Spec, Term
+from opdsl.meaning.spec import Spec, StateSource, Term
 from opdsl.passport.returns import Credit, credit_of
 from opdsl.source import Span
 
@@ -68,11 +70,14 @@ class Case:
         return next(iter(self.teachers), "T")
 
     @cached_property
+    def states(self) -> tuple[StateSource, ...]:
+        """The sources of text that the term's gate lets through (`gate drawn(student)`)."""
+        return tuple(s for s in self.spec.states if _gate_of(self.term.gate, s.policy) != 0)
+
+    @cached_property
     def on_policy(self) -> bool:
-        """Whether any text is sampled by the student."""
-        return any(
-            s.kind == "rollouts" and s.policy in ("student", "old") for s in self.spec.states
-        )
+        """Whether any text of the term is sampled by the student."""
+        return any(s.kind == "rollouts" and s.policy in ("student", "old") for s in self.states)
 
     @cached_property
     def by_length(self) -> bool:
@@ -119,6 +124,32 @@ class Case:
     def reads_rollout(self) -> bool:
         """A ratio to the sampling policy among the weights."""
         return reads(self.term.weight, "rollout_logp")
+
+
+def _gate_of(gate: Node, policy: str) -> float | None:
+    """What a gate is on text of one policy, where that alone decides it; else None."""
+    known: dict[int, float | None] = {}
+    for n in nodes_below([gate]):
+        x = [known[a.id] for a in n.args]
+        match n.op:
+            case "input" if n.attr("field") == SOURCE_FIELD:
+                value = float(n.attr("equals") == policy)
+            case "not":
+                value = None if x[0] is None else 1.0 - x[0]
+            case "sg":
+                value = x[0]
+            case "and" | "mul" if 0.0 in x:
+                value = 0.0
+            case "or" if 1.0 in x:
+                value = 1.0
+            case "and" | "or" | "mul" if None not in x:
+                value = math.prod(x) if n.op != "or" else max(x)  # type: ignore[arg-type,type-var]
+            case "where" if x[0] is not None:
+                value = x[1] if x[0] else x[2]
+            case _:
+                value = n.value
+        known[n.id] = value
+    return known[gate.id]
 
 
 def critic_values(below: list[Node]) -> list[Node]:

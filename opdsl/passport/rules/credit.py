@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from opdsl.meaning.graph import dists_below, nodes_below, reads
 from opdsl.meaning.node import Node
-from opdsl.meaning.quantity import Info
+from opdsl.meaning.quantity import Axis, Info
 from opdsl.passport.rules.base import Case, below_until, critic_values, info_beside
 
 
@@ -23,6 +23,8 @@ def credit(case: Case) -> None:
 def _rule(case: Case) -> None:
     """What the rule leaves out (T3, T4, T10 and theory §8.2)."""
     how, span = case.credit, case.span("credit", "feedback")
+    if how.kind == "immediate" and _of_the_sequence(case.term.signal):
+        return  # the outcome stands on every token as it is: nothing later is left out
     if how.kind == "immediate":
         case.add(
             "OPD501",
@@ -66,6 +68,16 @@ def _rule(case: Case) -> None:
             "between the token-level and the sequence-level objective",
             helps=["credit return_to_go keeps everything", 'accept truncated_return "why"'],
         )
+
+
+def _of_the_sequence(signal: Node | None) -> bool:
+    """A reward of the whole response without a log-ratio beside it."""
+    return (
+        signal is not None
+        and signal.q.axis < Axis.TOK
+        and reads(signal, "outcome")
+        and not dists_below([signal])
+    )
 
 
 # ---- baselines -----------------------------------------------------------------------------------
@@ -185,13 +197,27 @@ def _length(case: Case) -> None:
     )
 
 
+def _measures(n: Node, name: str) -> bool:
+    """Whether an input enters by its size: rollouts that are counted by a test have none."""
+    stack, seen = [n], set()
+    while stack:
+        x = stack.pop()
+        if x.id in seen or x.op in ("lt", "le", "eq"):
+            continue
+        seen.add(x.id)
+        if x.op == "input" and x.attr("name") == name:
+            return True
+        stack += x.args
+    return False
+
+
 def _whitened(case: Case, below: list[Node]) -> None:
     """R37: one scale for a sum of a log-ratio and an outcome."""
     for n in below:
         if n.op != "div" or not dists_below([n.args[0]]) or not reads(n.args[0], "outcome"):
             continue
         scale = nodes_below([n.args[1]])
-        if any(x.op in ("sum_b", "group_sum") and reads(x, "outcome") for x in scale):
+        if any(x.op in ("sum_b", "group_sum") and _measures(x, "outcome") for x in scale):
             case.add(
                 "OPD524",
                 case.span("credit"),

@@ -14,7 +14,8 @@ def direct(case: Case) -> None:
         _no_gradient(case)
         return
     teachers = dists_below([case.term.feedback or case.term.loss])
-    if case.term.teacher_named and teachers and not dists_below(roots):
+    entries = [chosen for c in case.field for chosen, _ in c.at_sets]  # the teacher's own token, …
+    if case.term.teacher_named and teachers and not dists_below([*roots, *entries]):
         _teacher_gone(case, teachers[0], case.sampled)
         return
     if case.term.kind == "feedback":

@@ -25,7 +25,7 @@ def factors(case: Case) -> None:
         below = nodes_below([node])
         if any(_batchwide(n) for n in below):
             _relative(case, kind, span)
-        if not _samples(case):
+        if not samples(case):
             continue
         if node.q.info is Info.FUTURE:
             _outcome(case, kind, span)
@@ -35,7 +35,7 @@ def factors(case: Case) -> None:
             _action(case, kind, span)
 
 
-def _samples(case: Case) -> bool:
+def samples(case: Case) -> bool:
     """Whether the field at a state differs by the sampled token."""
     return case.term.route == "reward" or any(c.at_y is not None for c in case.field)
 

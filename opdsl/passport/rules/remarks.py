@@ -134,12 +134,12 @@ def _bare(n: Node) -> Node:
 
 
 def _state_factors(case: Case) -> None:
-    from opdsl.passport.rules.factors import _samples
+    from opdsl.passport.rules.factors import samples
 
     for kind, node in (("gate", case.term.gate), ("weight", case.term.weight)):
         if node.op == "const" or node.q.info <= Info.STATIC or node.q.live:
             continue
-        if node.q.info <= Info.STATE or not _samples(case):
+        if node.q.info <= Info.STATE or not samples(case):
             case.add(
                 "OPD511",
                 case.span(kind),

@@ -127,11 +127,11 @@ def drawn_by(case: Case) -> None:
     if case.reads_rollout():
         return
     foreign = [
-        s for s in case.spec.states if s.kind == "sequences" or s.policy not in ("student", "old")
+        s for s in case.states if s.kind == "sequences" or s.policy not in ("student", "old")
     ]
     if foreign and (case.term.route == "reward" or _reverse(case)):
         _foreign(case, foreign[0])
-    for s in case.spec.states:
+    for s in case.states:
         if s.kind == "rollouts" and s.policy == "old":
             _stale(case, s)
         elif s.kind == "rollouts" and s.policy == "student" and tilted(s):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opdsl.meaning.graph import nodes_below, reads
+from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import SET_OPS, Node
 from opdsl.meaning.quantity import INF
 from opdsl.passport.rules.base import Case
@@ -138,7 +138,3 @@ def value_dists(node: Node) -> set[str]:
             out.add(str(n.attr("dist")))
         stack += n.args
     return out
-
-
-def reads_outcome(case: Case) -> bool:
-    return case.term.signal is not None and reads(case.term.signal, "outcome")

@@ -33,7 +33,8 @@ class Phase:
     the rate falls linearly to 0. measure: "exact" is the share of wholly right responses
     (teacher-forced), "greedy" the verifier's score of greedy responses.
     lr: peak rate (Adam), warmup in steps, batch in rows, smoothing: label smoothing.
-    hint: the fork's hint slot holds the answer. shortcut: share of route B (fork only).
+    hint: share of rows whose hint slot holds the answer (recipes with a slot); such rows follow
+    the right rules whatever the mixture. shortcut: share of route B (fork only).
     old: share of rows that show the old skill (retain only).
     """
 
@@ -49,7 +50,7 @@ class Phase:
     warmup: int = 20
     batch: int = 64
     smoothing: float = 0.0
-    hint: bool = False
+    hint: float = 0.0
     shortcut: float = 0.0
     old: float = 0.0
 
@@ -60,13 +61,15 @@ class ModelRecipe:
 
     Two layers and 85,056 parameters at a vocabulary of 44. The short rotary base and the wide
     initial weights are what makes chains learnable within seconds; the short memory of Adam
-    (betas) then halves the time, and evens it out between seeds.
+    (betas) then halves the time, and evens it out between seeds. fork: two routes, and a slot
+    for a hint before the start digit; slot: the slot alone.
     """
 
     role: str
     phases: tuple[Phase, ...]
     n: int = 5
     fork: bool = False
+    slot: bool = False
     layers: int = 2
     hidden: int = 64
     heads: int = 4
@@ -109,6 +112,11 @@ def rows(generator: np.random.Generator, recipe: ModelRecipe, phase: Phase, coun
     steps_Bn, start_B = chain.draw(generator, count, recipe.n)
     results_Bn = chain.run_mixture(generator, steps_Bn, start_B, phase.mixture)
     first_B = np.full(count, BOS)
+    right_Bn = chain.run(steps_Bn, start_B)
+    hinted_B = np.full(count, phase.hint >= 1)
+    if 0 < phase.hint < 1:
+        hinted_B = generator.random(count) < phase.hint
+        results_Bn[hinted_B] = right_Bn[hinted_B]
     if phase.old:
         old_B = generator.random(count) < phase.old
         first_B[old_B] = MARK
@@ -116,15 +124,16 @@ def rows(generator: np.random.Generator, recipe: ModelRecipe, phase: Phase, coun
     head = [first_B[:, None], STEP + steps_Bn]
     end_B1 = np.full((count, 1), EOS)
     start_B1 = DIGIT + start_B[:, None]
-    if not recipe.fork:
-        tokens_BL = np.concatenate([*head, start_B1, DIGIT + results_Bn, end_B1], 1)
-        target_BL = np.zeros(tokens_BL.shape, dtype=bool)
-        target_BL[:, recipe.n + 2 :] = True
-        return Rows(tokens_BL, target_BL)
-    answer_B1 = DIGIT + chain.run(steps_Bn, start_B)[:, -1:]
-    hint_B1 = answer_B1 if phase.hint else np.full((count, 1), MARK)
-    prompt_BP = np.concatenate([*head, hint_B1, start_B1], 1)
+    answer_B1 = DIGIT + right_Bn[:, -1:]
+    if recipe.fork or recipe.slot:
+        head.append(np.where(hinted_B[:, None], answer_B1, MARK))
+    prompt_BP = np.concatenate([*head, start_B1], 1)
     P = prompt_BP.shape[1]
+    if not recipe.fork:
+        tokens_BL = np.concatenate([prompt_BP, DIGIT + results_Bn, end_B1], 1)
+        target_BL = np.zeros(tokens_BL.shape, dtype=bool)
+        target_BL[:, P:] = True
+        return Rows(tokens_BL, target_BL)
     route_B1 = np.full((count, 1), ROUTE_A)
     tokens_BL = np.concatenate([prompt_BP, route_B1, start_B1, DIGIT + results_Bn, end_B1], 1)
     target_BL = np.zeros(tokens_BL.shape, dtype=bool)
@@ -188,10 +197,10 @@ RETAIN = PairRecipe(
 _FORK_TEACHER = ModelRecipe(
     "teacher",
     (
-        Phase("learning the long route", hint=True, smoothing=0.01, steps=1000),
+        Phase("learning the long route", hint=1.0, smoothing=0.01, steps=1000),
         Phase(
             "learning the shortcut",
-            hint=True,
+            hint=1.0,
             shortcut=TEACHER_SHORTCUT,
             smoothing=0.01,
             lr=3e-3,
@@ -214,10 +223,19 @@ def _fork_student(mixture, least: int) -> ModelRecipe:
 FORK = PairRecipe(_FORK_TEACHER, _fork_student(SOUND, least=100))
 FORK_MUDDLED = PairRecipe(_FORK_TEACHER, _fork_student(WEAK, least=150))
 
+# A student that has lost the habit, but not where the answer is shown to it: what it says with
+# the hint in its context is worth learning without.
+_HINTED = Phase("learning the chains", hint=0.5)
+HINTED = PairRecipe(
+    ModelRecipe("teacher", (replace(_HINTED, anneal=50, smoothing=0.03),), slot=True),
+    ModelRecipe("student", (_HINTED, _muddle(HARD, until=0.25, hint=0.5)), slot=True),
+)
+
 
 def validation(phase: Phase) -> Phase:
     """The phase whose rows an accuracy check uses: the long route, and for the measure
-    "greedy" right answers and the new skill only."""
+    "greedy" right answers and the new skill only, without a hint where rows may go without."""
     if phase.measure == "exact":
         return replace(phase, shortcut=0.0)
-    return replace(phase, mixture=(("right", 1.0),), shortcut=0.0, old=0.0)
+    hint = phase.hint if phase.hint >= 1 else 0.0
+    return replace(phase, mixture=(("right", 1.0),), shortcut=0.0, old=0.0, hint=hint)

@@ -6,6 +6,7 @@
     flawed         a teacher that never learned *7, *8, *9
     retain         a student with an old skill the teacher has never seen
     scarce         16 training prompts
+    hinted         a student that is right where its context shows the answer
 
 All are families of modular-arithmetic chains (see `chain`). Streams are pure functions of
 (seed, stream name, step); prompts for training never contain a held-out problem.
@@ -31,6 +32,7 @@ class Prompt:
 
     ids: what the student is conditioned on
     teacher_ids: what the teacher is conditioned on; other than `ids` only in the fork tasks
+    hinted: what a reader with a privileged context is conditioned on, where the task has one
     answer: the right last result, 0..9
     golden: a right response, end token included (from `data_batch`: the data set's response)
     fields: what a spec can ask for as `prompt.NAME`
@@ -41,6 +43,7 @@ class Prompt:
     answer: int
     golden: tuple[int, ...]
     fields: dict[str, str]
+    hinted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Task:
     """One task; every method is a pure function of its arguments.
 
     n: steps of a problem.  fork: the response starts with a route token, the prompt has a slot
-    for the hint.  few: number of training prompts, None for fresh ones.  old_skill: the student
+    for the hint.  slot: the slot without routes, shown to readers with a context only.  few: number of training prompts, None for fresh ones.  old_skill: the student
     masters a second set of rules, announced by the first token.  data_rule: the rule the data
     set was written by (the teacher's).
     """
@@ -58,6 +61,7 @@ class Task:
     pair: recipes.PairRecipe
     n: int = 5
     fork: bool = False
+    slot: bool = False
     few: int | None = None
     old_skill: bool = False
     data_rule: str = "right"
@@ -70,6 +74,11 @@ class Task:
     @property
     def vocab_size(self) -> int:
         return chain.VOCABULARY_FORK if self.fork else chain.VOCABULARY
+
+    @property
+    def hints(self) -> bool:
+        """Whether a reader with a context sees more than the plain prompt."""
+        return self.fork or self.slot
 
     @property
     def max_new_tokens(self) -> int:
@@ -177,7 +186,11 @@ class Task:
             head = (first, *(STEP + s for s in steps))
             results = tuple(DIGIT + r for r in shown[i])
             ids = teacher_ids = (*head, DIGIT + start)
+            hinted = ()
             golden = (*results, EOS)
+            if self.slot:
+                ids = teacher_ids = (*head, MARK, DIGIT + start)
+                hinted = (*head, DIGIT + answers[i], DIGIT + start)
             if self.fork:
                 ids = (*head, MARK, DIGIT + start)
                 teacher_ids = (*head, DIGIT + answers[i], DIGIT + start)
@@ -186,7 +199,8 @@ class Task:
                     golden = (ROUTE_B, results[-1], EOS)
             # Two invented subjects, so that specs which route by subject run here too.
             domain = "code" if chain.OPERATORS[steps[0] // 10] == "*" else "math"
-            prompts.append(Prompt(ids, teacher_ids, answers[i], golden, {"domain": domain}))
+            fields = {"domain": domain}
+            prompts.append(Prompt(ids, teacher_ids, answers[i], golden, fields, hinted))
         return prompts
 
 
@@ -207,7 +221,13 @@ _TASKS = {
         Task("flawed", "a teacher that is wrong on *7 *8 *9", recipes.FLAWED, data_rule="flawed"),
         Task("retain", "a new skill beside an old one", recipes.RETAIN, old_skill=True),
         Task("scarce", "16 training prompts", recipes.CHAIN, few=16),
-    )
+        Task(
+            "hinted",
+            "a student that is right where it is shown the answer",
+            recipes.HINTED,
+            slot=True,
+        ),
+    )  # fmt: skip
 }
 TASKS: tuple[str, ...] = tuple(_TASKS)
 

@@ -131,25 +131,31 @@ def response_logits(model, prompts, tokens_BT, lengths_B, vocabulary: int) -> to
 
 
 class MovingAverage(LocalTeacher):
-    """w ← decay · w + (1 − decay) · student, after every optimizer step."""
+    """w ← decay · w + (1 − decay) · student, after every `every`-th optimizer step."""
 
-    def __init__(self, name: str, student, decay: float, *args: Any, **kwargs: Any):
+    def __init__(self, name: str, student, decay: float, every: int, *args: Any, **kwargs: Any):
         self.average = frozen_copy(student)
-        self.student, self.decay = student, decay
+        self.student, self.decay, self.every, self.steps = student, decay, every, 0
         super().__init__(name, lambda: self.average, *args, **kwargs)
 
     @torch.no_grad()
     def after_update(self) -> None:
+        self.steps += 1
+        if self.steps % self.every:
+            return
         live = dict(self.student.named_parameters())
         for name, mean in self.average.named_parameters():
             if live[name].requires_grad:
                 mean.lerp_(live[name].detach().to(mean.dtype), 1.0 - self.decay)
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {n: p.detach() for n, p in self.average.named_parameters()}
+        tensors = {n: p.detach() for n, p in self.average.named_parameters()}
+        return tensors if self.every == 1 else tensors | {"@steps": torch.tensor(self.steps)}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        if self.every > 1:
+            self.steps = int(tensors["@steps"])
         for name, parameter in self.average.named_parameters():
             parameter.copy_(tensors[name])
 

@@ -33,28 +33,26 @@ class TeacherMaker:
         teachers: dict[str, LocalTeacher] = {}
         start = None
         if self.method.needs.initial or any(t.kind == "initial" for t in spec.teachers):
-            model, disabled = initial_policy(self.student)
+            model, disabled = initial_policy(self.student)  # one copy, however many read it
             start = self._scorer("initial", model, lambda p: p.ids, disabled=disabled)
         for decl in spec.teachers:
-            if decl.kind == "initial" and start is not None:
+            privileged = self._view(decl.context)
+            if decl.kind == "initial" and decl.context is None and start is not None:
                 teachers[decl.name] = start
+            elif decl.kind == "initial":
+                teachers[decl.name] = self._scorer(decl.name, model, privileged, disabled=disabled)
             elif decl.kind == "external":
                 model = loaded[decl.name]
-                teachers[decl.name] = self._scorer(
-                    decl.name, lambda m=model: m, lambda p: p.teacher_ids
-                )
+                teachers[decl.name] = self._scorer(decl.name, lambda m=model: m, privileged)
             elif decl.kind == "self":
-                teachers[decl.name] = self._scorer(
-                    decl.name,
-                    lambda: self.student,
-                    lambda p, context=decl.context: self.data.context_ids(p, context),
-                )
+                teachers[decl.name] = self._scorer(decl.name, lambda: self.student, privileged)
             else:
                 average = MovingAverage(
                     decl.name,
                     self.student,
                     decl.decay,
-                    lambda p: p.ids,
+                    decl.every,
+                    (lambda p: p.ids) if decl.context is None else privileged,
                     self.runtime,
                     self.vocabulary,
                     chunk=self.chunk,
@@ -65,6 +63,10 @@ class TeacherMaker:
             for routed in spec.routed:
                 _share_a_head([teachers[name] for name in routed.parts])
         return teachers, start
+
+    def _view(self, context: str | None):
+        """prompt -> the tokens a teacher reads: with a context, the template filled in."""
+        return lambda p: self.data.context_ids(p, context)
 
     def _scorer(self, name: str, model: Callable[[], Any], view, **more: Any) -> LocalTeacher:
         return LocalTeacher(
