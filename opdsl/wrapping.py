@@ -87,10 +87,10 @@ def wrapped(text: str, room: int, first: int | None = None) -> list[str]:
         return [text]
     columns = [m for m in _COLUMNS.finditer(text) if cells(text[: m.start()]) <= first]
     if columns:
-        rest = wrapped(text[columns[-1].end() :], max(room - STEP, 20))
+        rest = wrapped(text[columns[-1].end() :], max(room - STEP, 8))
         return [text[: columns[-1].start()], *(" " * STEP + line for line in rest)]
     pieces = [(m.group(1), m.group(2)) for m in _PIECE.finditer(text)]
-    pieces = [part for piece in pieces for part in _divided(piece, room)]
+    pieces = [p for i, piece in enumerate(pieces) for p in _divided(piece, room if i else first)]
     lines: list[list[tuple[str, str]]] = [[]]
     used, limit = 0, first
     for gap, word in pieces:

@@ -129,6 +129,20 @@ def test_json(path):
     assert data["formula"].startswith("L(θ) = ") and data["latex"].startswith(r"L(\theta) = ")
 
 
+HASHED = ("amr_sd", "opsd_clip", "gapd", "distillm2", "luffy", "tgpo")
+
+
+def test_pages_do_not_depend_on_hashing():
+    """Two processes with different hash seeds, and a session that compiled other specs before."""
+    program = "import sys, opdsl\nfor n in sys.argv[1:]: print(opdsl.load(n).explain())"
+    for seed in ("1", "4"):
+        out = subprocess.run(
+            [sys.executable, "-c", program, *HASHED],
+            capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout  # fmt: skip
+        assert out == "".join(opdsl.load(n).explain() + "\n" for n in HASHED)
+
+
 def test_unknown_format():
     with pytest.raises(ValueError, match="unknown format"):
         explain(opdsl.load("gkd").compilation, "yaml")

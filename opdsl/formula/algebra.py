@@ -34,11 +34,13 @@ class Atom:
 
 
 def key_text(key: object) -> str:
-    """A key as text that does not depend on hashing."""
+    """A key as text that depends neither on hashing nor on how many nodes were made before."""
     if isinstance(key, frozenset):
         return "{" + ",".join(sorted(key_text(k) for k in key)) + "}"
     if isinstance(key, tuple):
         return "(" + ",".join(key_text(k) for k in key) + ")"
+    if isinstance(key, int):  # ids of nodes: by age
+        return f"{key:012d}"
     return _atom_text(key) if isinstance(key, Atom) else str(key)
 
 
@@ -248,14 +250,25 @@ def exponential(a: Poly) -> Poly:
                 out = times(out, single(Atom("P", atom.key, atom.at), c))
                 continue
             if atom.kind == "log" and p == 1:
-                raised = power(dict(atom.key), c)  # type: ignore[call-overload]
+                raised = power(in_order(atom.key), c)  # type: ignore[call-overload]
                 if raised is not None:
                     out = times(out, raised)
                     continue
         left[m] = c
-    if left:
-        out = times(out, single(Atom("exp", frozen(left), level(left))))
+    for part in _by_power(left):
+        out = times(out, single(Atom("exp", frozen(part), level(part))))
     return out
+
+
+def _by_power(a: Poly) -> list[Poly]:
+    """The exponent of T^a q^b in parts, one per power; (p / q)^a and what is no power stay whole."""
+    parts: dict[object, Poly] = {}
+    for m, c in a.items():
+        logs = [(x, p) for x, p in m if x.kind == "L"]
+        whole = len(logs) == 1 and logs[0][1] == 1 and not any(x.varies for x, _ in m - set(logs))
+        key = (m - set(logs), abs(c)) if whole else None
+        parts.setdefault(key, {})[m] = c
+    return list(parts.values())
 
 
 def level(a: Poly) -> str:
@@ -278,5 +291,5 @@ def _held(x: Atom) -> Atom:
         sid, inner = x.key  # type: ignore[misc]
         return Atom("sum", (sid, frozenset((_held(a), p) for a, p in inner)), x.at)
     if x.kind in ("abs", "exp", "group", "log"):
-        return Atom(x.kind, frozen(held(dict(x.key))), x.at)  # type: ignore[call-overload]
+        return Atom(x.kind, frozen(held(in_order(x.key))), x.at)  # type: ignore[call-overload]
     return x

@@ -177,7 +177,15 @@ class Layout:
         last = frozenset((x, p) for x, p in common if x.kind == "e")
         first = common - last
         if first and scale == 1 and not last and all(p < 0 for _, p in first):
-            return frac(inner, mul([self._mono(frozenset({(x, -p)}), 1.0)[1] for x, p in first]))
+            return frac(
+                inner,
+                mul(
+                    [
+                        self._mono(frozenset({(x, -p)}), 1.0)[1]
+                        for x, p in sorted(first, key=lambda t: t[0].order)
+                    ]
+                ),
+            )
         items: list[Math] = []
         if first or scale != 1:
             items.append(self._mono(first, scale)[1])
@@ -212,7 +220,7 @@ class Layout:
                 return sign, self.printer.difference(x, False)
         top: list[tuple[tuple, Math]] = []
         bottom: list[tuple[tuple, Math]] = []
-        for x, p in m:
+        for x, p in sorted(m, key=lambda t: t[0].order):  # letters are given in this order
             if x.kind == "diff" and not sign and p == 1 and not self._own(x):
                 x, sign = Atom("diff", (x.key[1], x.key[0]), x.at), True  # type: ignore[index]
             base = self.printer.atom(x)

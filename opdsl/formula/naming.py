@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from opdsl.formula.algebra import Atom
 from opdsl.formula.normal import Normal
-from opdsl.formula.notation import Call, Join, Math, Rel, Sym, Text, Wrap, add, mul
+from opdsl.formula.notation import Call, Join, Math, Rel, Sym, Text, Wrap, add, extent, mul
 from opdsl.formula.printer import Printer
 from opdsl.formula.symbols import Named, Symbols, primed, short_names
 from opdsl.ir.derive import strip
@@ -41,6 +41,7 @@ class Names:
     printer: Printer
     definitions: list[Definition] = field(default_factory=list)
     routed: dict[str, tuple[Named, ...]] = field(default_factory=dict)
+    factors: dict[int, Math] = field(default_factory=dict)  # gates and weights with a letter
     targets: set[object] = field(default_factory=set)  # letters that add up to 1 over tokens
     _counts: dict[str, int] = field(default_factory=dict)
     _rank: int = 0
@@ -101,27 +102,43 @@ def named(spec: Spec, plain: bool = False) -> Names:
 # ---- parts of a signal --------------------------------------------------------------------------
 
 LONG = 6  # nodes: what is shorter than this may be written twice
+WIDE = 8  # symbols: what a factor repeats gets a letter beyond this
 
 
 def _parts(names: Names, term: Term) -> None:
-    """Letters for what is read at another token, and for long parts that a signal repeats."""
+    """Letters for what is read at another token, for long parts that a signal, a gate or a weight
+    repeats, and for long frozen parts that a loss repeats (the weight of a mixture)."""
+    loss = [term.loss] if term.route == "loss" and term.loss is not None else []
+    held = _repeated_frozen(nodes_below(loss))
     roots = [x for x in (term.signal, term.gate, term.weight) if x is not None]
+    roots += loss if held else []
     below = nodes_below(roots)
     shifted = {_bare(n.args[0]).id for n in below if n.op == "shift"}
     signal = nodes_below([term.signal]) if term.signal is not None else []
     repeated = _repeated(signal) if term.route == "reward" else set()
+    factors = _repeated(nodes_below([term.gate, term.weight]))
+    factors -= {
+        n.id for n in nodes_below(loss)
+    }  # a divergence that is also the loss keeps its name
+    factors |= held
     table = names.printer.normal.names
+    u = "b" if all(p.name.split(".")[-1] != "b" for p in names.spec.params) else "u"
     for n in below:  # arguments before users: a part may read the letters of its own parts
         if n.id in table or n is term.signal or n.op in SPELLED or n.q.axis is Axis.CONST:
             continue
-        if n.id in repeated or (n.id in shifted and n.op not in TIMED):
-            b = names.letter("b", "b")
+        kept = n.id in repeated or (n.id in shifted and n.op not in TIMED)
+        if not kept and (n.id not in factors or n.op in CALLED):
+            continue
+        meaning = names.meaning(n)
+        if kept or extent(meaning, WIDE) > WIDE:
+            b = names.letter(u, u)
             if n.q.axis is not Axis.TOK:
                 b = replace(b, timed=False, style="row" if n.q.axis is Axis.SEQ else "value")
             names.give(n, b)
-            names.define(b.at("t"), "=", names.meaning(n))
+            names.define(b.at("t"), "=", meaning)
 
 
+CALLED = frozenset(["sum_v", "max_v", "lse_v"])  # printed as one call: KL(p ‖ q), H(p), π(Ω)
 SPELLED = frozenset(["const", "param", "input", "schedule", "at_y", "sg", "live", "neg"])
 TIMED = frozenset(["scan", "scan_fwd", "shift"])  # printed at any time
 
@@ -132,12 +149,28 @@ def _bare(n: Node) -> Node:
     return n
 
 
-def _repeated(nodes: list[Node]) -> set[int]:
-    """Long parts with more than one user, where they do not lie inside another one with the same."""
+def _users(nodes: list[Node]) -> dict[int, set[int]]:
     users: dict[int, set[int]] = {}
     for n in nodes:
         for a in n.args:
             users.setdefault(a.id, set()).add(n.id)
+    return users
+
+
+def _repeated_frozen(nodes: list[Node]) -> set[int]:
+    """Long scalars behind a stop-gradient that has more than one user."""
+    users = _users(nodes)
+    return {
+        n.args[0].id
+        for n in nodes
+        if n.op == "sg" and n.q.axis not in (Axis.VOCAB, Axis.CONST)
+        and len(users.get(n.id, ())) > 1 and len(nodes_below([n])) >= LONG
+    }  # fmt: skip
+
+
+def _repeated(nodes: list[Node]) -> set[int]:
+    """Long parts with more than one user, where they do not lie inside another one with the same."""
+    users = _users(nodes)
     found: set[int] = set()
     for n in nodes:
         scalar = n.q.axis is not Axis.VOCAB and n.q.unit not in ("bool", "dist")

@@ -24,6 +24,7 @@ from opdsl.formula.algebra import (
     extent,
     frozen,
     held,
+    in_order,
     key_text,
     leaf,
     level,
@@ -205,7 +206,7 @@ class Normal:
             if atom.kind == "P":
                 out = plus(out, single(Atom("L", atom.key, atom.at)), p)
             elif atom.kind == "exp":
-                out = plus(out, scaled(dict(atom.key), p))  # type: ignore[call-overload]
+                out = plus(out, scaled(in_order(atom.key), p))  # type: ignore[call-overload]
             elif n.q.axis is Axis.CONST or (atom.kind in ("sum", "total") and len(m) > 1):
                 out = plus(out, single(Atom("log", frozen(single(atom)))), p)
             else:
@@ -230,7 +231,7 @@ class Normal:
                 return None
             weight, dist = found
             if dist[0] == "mix":
-                parts += [(frozen(times(dict(w), weight)), d) for w, d in dist[1]]
+                parts += [(frozen(times(in_order(w), weight)), d) for w, d in dist[1]]
             else:
                 parts.append((frozen(weight), dist))
         return single(Atom("L", mixed(parts), at))
@@ -345,7 +346,8 @@ class Normal:
         dist = only_dist(self.poly(n.args[0], "v"))
         if dist is not None and normalized_on(dist, n.args[1]):
             return {}
-        return None
+        total = self.summed(exponential(self.poly(n.args[0], "v")), n.args[1])
+        return single(Atom("log", frozen(total))) if total else None
 
 
 # ---- guards that mathematics does not see -------------------------------------------------------

@@ -142,16 +142,16 @@ class Printer(Conditions):
                 s = self.symbols.set(self.normal.sets[x.key])  # type: ignore[index]
                 return Wrap("abs", Sym("V", "V") if s is None else s)
             case "exp":
-                return self._exponential(dict(x.key))  # type: ignore[call-overload]
+                return self._exponential(in_order(x.key))  # type: ignore[call-overload]
             case "abs":
-                body = self.poly(dict(x.key))  # type: ignore[call-overload]
+                body = self.poly(in_order(x.key))  # type: ignore[call-overload]
                 if isinstance(body, Add) and not any(s for s, _ in body.items):
                     body = add([(True, m) for _, m in body.items])  # |−x| is |x|
                 return Wrap("abs", body)
             case "group":
-                return self.poly(dict(x.key))  # type: ignore[call-overload]
+                return self.poly(in_order(x.key))  # type: ignore[call-overload]
             case "log":
-                return Fn("log", self.poly(dict(x.key)))  # type: ignore[call-overload]
+                return Fn("log", self.poly(in_order(x.key)))  # type: ignore[call-overload]
             case "div":
                 return self.divergence(x.key)  # type: ignore[arg-type]
             case "window":
@@ -212,7 +212,7 @@ class Printer(Conditions):
         marks_u = [s.u] if s else []
         marks_l = [s.l] if s else []
         if d.weight is not None:
-            weight = self.poly(dict(d.weight))
+            weight = self.poly(in_order(d.weight))
             marks_u.insert(0, unicode(weight))
             from opdsl.formula.notation import latex
 

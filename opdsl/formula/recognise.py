@@ -17,6 +17,7 @@ from opdsl.formula.algebra import (
     Poly,
     frozen,
     held,
+    in_order,
     plus,
     scaled,
     thaw,
@@ -128,7 +129,7 @@ def _distances(
         powers = dict(m)
         atoms = list(powers)
         if len(atoms) == 1 and atoms[0].kind == "abs" and powers[atoms[0]] == 1:
-            pair = _difference(dict(atoms[0].key))  # type: ignore[call-overload]
+            pair = _difference(in_order(atoms[0].key))  # type: ignore[call-overload]
             if pair is not None:
                 found.append((Divergence("TV", sid, *pair), 2 * c))
                 left.pop(m, None)
@@ -215,7 +216,7 @@ def _symmetric(a: Poly) -> Poly:
             assert isinstance(div, Divergence) and isinstance(other, Divergence)
             if div.q != other.q or div.set != other.set:
                 continue
-            weights = {p: dict(w) for w, p in div.q[1]}  # type: ignore[index]
+            weights = {p: in_order(w) for w, p in div.q[1]}  # type: ignore[index]
             if set(weights) != {div.p, other.p}:
                 continue
             left = times(weights[div.p], {n - {(y, 1.0)}: d})
@@ -247,7 +248,7 @@ def unmixed(a: Poly) -> Poly:
     """Uses Σ w_i p_i = m where p_i / m appears, if that makes the polynomial shorter."""
     below = {x for m in a for x, p in m if x.kind == "P" and x.key[0] == "mix" and p < 0}  # type: ignore[index]
     for atom in sorted(below, key=lambda x: x.order):
-        parts = [(dict(w), Atom("P", d, atom.at)) for w, d in atom.key[1]]  # type: ignore[index]
+        parts = [(in_order(w), Atom("P", d, atom.at)) for w, d in atom.key[1]]  # type: ignore[index]
         for i, (weight, part) in enumerate(parts):
             inverse = _divided({UNIT: 1.0}, weight)
             if inverse is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdsl.formula.algebra import Atom, Dist, leaf, single, times
+from opdsl.formula.algebra import Atom, Dist, in_order, leaf, single, times
 from opdsl.formula.gradient import Field, fields
 from opdsl.formula.naming import Definition, Names, named
 from opdsl.formula.notation import (
@@ -94,12 +94,12 @@ def _blocks(names: Names, part: Part, late: list[Definition]) -> list[Block]:
     out = []
     for i, rows in enumerate(groups.values()):
         mark = "*" if golden else ("′" * i)
-        u, l, notes = _prefix(names, rows, mark, golden)
         items: list[tuple[bool, Math]] = []
         old, names.printer.star = names.printer.star, golden
         for row in rows:
             items += _items(names, row, late)
         names.printer.star = old
+        u, l, notes = _prefix(names, rows, mark, golden)
         out.append(Block(u, l, *notes, tuple(items)))
     return out
 
@@ -124,7 +124,8 @@ def _prefix(
         case "tokens":
             return *tokens, note("N", "response tokens")
         case "kept_tokens":
-            gate = names.printer.expr(rows[0].term.gate)
+            gate = rows[0].term.gate
+            gate = names.factors.get(gate.id) or names.printer.expr(gate)
             if unicode(gate) == "1":
                 return *tokens, note("N", "response tokens, the kept tokens")
             kept = f"Σ_t {unicode(gate)}, ", rf"\sum_t {latex(gate)},\ "
@@ -171,6 +172,7 @@ def _factor(names: Names, x: Node, u: str, l: str, late: list[Definition]) -> Ma
         return written
     s = names.letter(u, l).at("t")
     late.append(Definition(s, "=", written))
+    names.factors[x.id] = s
     return s
 
 
@@ -303,7 +305,9 @@ def _letter(names: Names, key: tuple) -> list[Definition]:
         case "mix":
             parts = []
             for w, d in key[1][1]:
-                parts.append((True, mul([names.printer.poly(dict(w)), Call(symbols.dist(d), v)])))
+                parts.append(
+                    (True, mul([names.printer.poly(in_order(w)), Call(symbols.dist(d), v)]))
+                )
             return [Definition(Call(symbols.dist(key[1]), v), "=", add(parts))]
         case "frozen":
             s = symbols.dist(leaf(key[1], 1.0, True))
@@ -338,7 +342,7 @@ def _divergence(names: Names, found: list[Divergence]) -> Definition:
     hat = d.p[0] == "renorm"
     p: Dist = leaf("'p")
     q: Dist | None = leaf("'q") if d.q is not None else None
-    sets = {names.printer.normal.sets[x.set] for x in found}
+    sets = list({x.set: names.printer.normal.sets[x.set] for x in found}.values())
     several = len(sets) > 1
     sid = next((s.id for s in sets if s.op == "full"), d.set) if several else d.set
     if hat and not several:
@@ -383,7 +387,7 @@ def _meaning(names: Names, d: Divergence, under: Math) -> Math:
         case "L2":
             return Big("Σ", under, Pow(gap, Num(2)))
     assert d.kind == "JSD" and d.weight is not None
-    beta = names.printer.poly(dict(d.weight))
+    beta = names.printer.poly(in_order(d.weight))
     other = add([(True, Num(1)), (False, beta)])
     if isinstance(beta, Num):
         other = Num(1 - beta.value)

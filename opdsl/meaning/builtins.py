@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from opdsl.meaning import values as vl
 from opdsl.meaning.names import closest
-from opdsl.meaning.node import Node
+from opdsl.meaning.node import Builder, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
 from opdsl.syntax import tree
 
@@ -101,8 +101,17 @@ def _sampled_tail(el: Elaborator, e: tree.Reduce, domain: vl.Domain, env: Env) -
 
 
 def normalized(el: Elaborator, domain: vl.Domain, weight: Node, e: tree.Reduce) -> vl.SetDist:
-    """weight / Σ weight over the set; all zero where the sum is zero."""
+    """weight / Σ weight over the set; all zero where the sum is zero.
+
+    A product of powers of probabilities is normalised by its logarithms: T^a q^-b of a token that
+    q has lost is beyond any float.
+    """
     b = el.b
+    body = _log_of_product(b, weight) if domain.mask is None else None
+    if body is not None and body.q.axis is Axis.VOCAB:
+        logp = b.sub(body, b.lse_v(body, domain.base))
+        q = logp.q.with_(unit="logprob", high=0.0)
+        return vl.SetDist(domain, b.make("sub", logp.args, q, unit="logprob"), span=e.span)
     if weight.q.low < 0:
         weight = b.maximum(weight, b.const(0.0))
     if domain.mask is not None:
@@ -118,6 +127,30 @@ def normalized(el: Elaborator, domain: vl.Domain, weight: Node, e: tree.Reduce) 
         unit="prob",
     )
     return vl.SetDist(domain, b.log(share), span=e.span)
+
+
+SHARES = frozenset(["sigmoid"])
+
+
+def _log_of_product(b: Builder, n: Node) -> Node | None:
+    """log n, where n is made of exponentials (powers are some, too) by ·, / and + alone, with
+    factors that are not negative."""
+    if n.op == "exp":
+        return n.args[0]
+    if n.op == "sg":
+        held = _log_of_product(b, n.args[0])
+        return None if held is None else b.sg(held)
+    if n.op == "pow":
+        base = _log_of_product(b, n.args[0])
+        return None if base is None else b.mul(base, n.args[1])
+    if n.op not in ("mul", "div", "add"):
+        return b.log(n) if (n.q.low >= 0 and n.q.axis is not Axis.VOCAB) or n.op in SHARES else None
+    left, right = (_log_of_product(b, x) for x in n.args)
+    if left is None or right is None:
+        return None
+    if n.op == "add":
+        return b.logaddexp(left, right, mass=False)
+    return (b.add if n.op == "mul" else b.sub)(left, right)
 
 
 def reduce_rows(el: Elaborator, e: tree.Reduce, name: str, rows: str, body: Node) -> Node:

@@ -432,9 +432,11 @@ class Builder:
         a = self.number(a)
         return self._elementwise("sigmoid", (a,), "real", 0.0, 1.0)
 
-    def logaddexp(self, a: Node, b: Node) -> Node:
+    def logaddexp(self, a: Node, b: Node, mass: bool = True) -> Node:
+        """log(exp a + exp b); `mass`: parts of a mixture, at most log 1 together."""
         low = max(a.q.low, b.q.low)
-        return self._elementwise("logaddexp", (a, b), "logprob", low, 0.0)
+        unit, high = ("logprob", 0.0) if mass else ("nats", max(a.q.high, b.q.high) + math.log(2))
+        return self._elementwise("logaddexp", (a, b), unit, low, high)
 
     def compare(self, op: str, a: Node, b: Node) -> Node:
         """op in < <= > >= == !=."""
@@ -521,8 +523,10 @@ class Builder:
         return self.make("max_v", (x, set_), q)
 
     def lse_v(self, x: Node, set_: Node) -> Node:
+        mass = x.q.unit == "logprob"  # of probabilities: at most one
+        unit, high = ("logprob", 0.0) if mass else ("nats", qt.INF)
         q = qt.join(x.q, set_.q).with_(
-            axis=Axis.TOK, unit="logprob", low=-qt.INF, high=0.0, live=x.q.live
+            axis=Axis.TOK, unit=unit, low=-qt.INF, high=high, live=x.q.live
         )
         return self.make("lse_v", (x, set_), q)
 

@@ -249,11 +249,11 @@ def sa_opd(x, wide: float = 0.9, flat: float = 0.5):
 # ---- corrections ---------------------------------------------------------------------------------
 
 
-def icepop_opd(x, low: float = 0.5, high: float = 2.0):
-    """w = p/μ inside [low, high], else 0; A = log q − log p; 1/|y| (arXiv 2601.02780)."""
+def icepop_opd(x, coef: float = 1.0):
+    """ρ = p/μ inside [0.5, 5], else 0; A = log q − log p (verl's rollout correction)."""
     a = Arrays(x)
     rho = np.exp(a.at_y(a.lp) - a.mu)
-    return a.by_sequence(*a.score(a.r), w=rho * ((rho >= low) & (rho <= high)))
+    return a.mean(*a.score(coef * a.r), w=rho * ((rho >= 0.5) & (rho <= 5)))
 
 
 def stable_opd(x, coef: float = 0.01):

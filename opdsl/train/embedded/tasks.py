@@ -227,7 +227,7 @@ _TASKS = {
             recipes.HINTED,
             slot=True,
         ),
-    )  # fmt: skip
+    )
 }
 TASKS: tuple[str, ...] = tuple(_TASKS)
 
