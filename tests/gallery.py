@@ -369,8 +369,8 @@ CASES: dict[str, Case] = {
         "distance to ∇KL(student ‖ T) at the visited states",
         stale,
         passport={
-            "objective": "Σ_t KL(student ‖ T) at visited states, states held fixed (J_fro), "
-            "if the student, as it is now, had drawn the tokens",
+            "objective": "Σ_t KL(student ‖ T) at visited states, states held fixed (J_fro) "
+            "(if the student, as it is now, had drawn the tokens)",
             **NEITHER,
         },
     ),

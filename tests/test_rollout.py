@@ -132,7 +132,7 @@ def test_distribution_of_pairs(model):
 
 def test_generate_route_has_the_same_law(model, monkeypatch):
     """The route for models without this cache: same log-probabilities, lengths and law."""
-    monkeypatch.setattr(rollout, "_takes_cache", lambda _: False)
+    monkeypatch.setattr(rollout, "cache_name", lambda _: None)
     settings = {"temperature": 0.8, "top_k": 4, "max_new_tokens": 4, "eos": EOS, "pad": PAD}
     state = torch.get_rng_state()
     out = decode(model, PROMPTS * 400, generator=generator(3), **settings)

@@ -533,7 +533,7 @@ def key(n: Node) -> str:
 # ---- the safety net ------------------------------------------------------------------------------
 
 _ALLOWED = (
-    ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Name, ast.Load,
+    ast.Module, ast.FunctionDef, ast.Expr, ast.arguments, ast.arg, ast.Assign, ast.Return, ast.Name, ast.Load,
     ast.Store, ast.Constant, ast.Call, ast.Attribute, ast.Subscript, ast.Slice, ast.Tuple, ast.List,
     ast.Dict, ast.BinOp, ast.UnaryOp, ast.Compare, ast.keyword, ast.Add, ast.Sub, ast.Mult, ast.Div,
     ast.Pow, ast.USub, ast.Not, ast.Invert, ast.BitAnd, ast.BitOr, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq,
@@ -570,6 +570,12 @@ _ROOTS = frozenset(
         "TAIL_FLOOR",
         "None",
         "dz",
+        "w",
+        "column",
+        "adjoint_into",
+        "lse_into",
+        "masked_into",
+        "multiple_into",
     ]
 )
 
@@ -580,7 +586,7 @@ def check(text: str) -> None:
     for node in ast.walk(tree):
         assert isinstance(node, _ALLOWED), f"emitted {type(node).__name__}"
         if isinstance(node, ast.Name):
-            generated = node.id[:1] in "xs" and node.id[1:].isdigit()
+            generated = node.id[:1] in "xsvwzel" and node.id[1:].isdigit()
             assert generated or node.id in _ROOTS, f"emitted name {node.id}"
         if isinstance(node, ast.Attribute):
             assert not node.attr.startswith("_"), f"emitted attribute {node.attr}"

@@ -32,6 +32,18 @@ class Dense:
             self._at[temperature] = Dense(self.z / temperature, self.y)
         return self._at[temperature]
 
+    def rescaled(self, temperature, out):
+        """Logits over the temperature, in a buffer; `tempered` gives this distribution from now."""
+        self._at[temperature] = Dense(torch.div(self.z, temperature, out=out), self.y)
+        return out
+
+    def measure(self, out):
+        """exp(z - max z) into a buffer; its sum [n]. Keeps the log-sum-exp."""
+        top = self.z.amax(1, keepdim=True)
+        total = torch.sub(self.z, top, out=out).exp_().sum(1, keepdim=True)
+        self._lse = top + total.log()
+        return total[:, 0]
+
     def full(self):
         return (self.z - self.lse).clamp_min_(FLOOR)
 
@@ -60,6 +72,10 @@ class Sparse:
         if temperature != 1.0:
             raise ValueError("a tempered teacher needs full logits")
         return self
+
+    def measure(self, out):
+        """A list of log-probabilities is normalised already."""
+        return None
 
     def full(self):
         raise ValueError("this method reads the teacher's full distribution; only its top is given")
@@ -199,6 +215,51 @@ def softmax_adjoint(dist, temperature, at_y, at_sets, dense):
     for ids, x in pieces:
         out.scatter_add_(1, ids, x.expand(ids.shape))
     return out if temperature == 1.0 else out.div_(temperature)
+
+
+def adjoint_into(e, total, y, temperature, at_y, at_sets, rest):
+    """`softmax_adjoint` in the buffer of e = exp(z - max z) with e.sum(1) = total [n].
+
+    `rest` [n] is the sum of the dense part, which is added afterwards.
+    """
+    n, v = e.shape
+    mass = torch.as_tensor(rest, dtype=e.dtype, device=e.device).expand(n)[:, None]
+    pieces = []
+    if at_y is not None:
+        x = torch.as_tensor(at_y, dtype=e.dtype, device=e.device).expand(n)[:, None]
+        pieces.append((y[:, None], x))
+    for s, x in at_sets:
+        pieces.append((s[0], entries(x, s, 0.0, n, v).to(e.dtype)))
+    for _, x in pieces:
+        mass = mass + x.sum(1, keepdim=True)
+    e.mul_(mass / (-temperature * total[:, None]))
+    for ids, x in pieces:
+        e.scatter_add_(1, ids, (x if temperature == 1.0 else x / temperature).expand(ids.shape))
+
+
+def lse_into(x, out):
+    """Log-sum-exp over the entries [n, V] with a buffer to work in."""
+    top = x.amax(1, keepdim=True)
+    return (top + torch.sub(x, top, out=out).exp_().sum(1, keepdim=True).log())[:, 0]
+
+
+def multiple_into(x, y, scale, out):
+    """x + scale y, the scale a column or a plain number."""
+    if torch.is_tensor(scale) and scale.dim():
+        return torch.addcmul(x, y, scale, out=out)
+    return torch.add(x, y, alpha=float(scale), out=out)
+
+
+def masked_into(x, kept, out):
+    """x where kept, else 0."""
+    if out is not x:
+        out.copy_(x)
+    return out.masked_fill_(~kept, 0.0)
+
+
+def column(x):
+    """A number per row lined up with the entries of a row; other numbers as they are."""
+    return x[:, None] if torch.is_tensor(x) and x.dim() == 1 else x
 
 
 # ---- arithmetic --------------------------------------------------------------------------------

@@ -91,6 +91,10 @@ class Chosen:
     def tempered(self, temperature: float) -> Chosen:
         return Chosen([p.tempered(temperature) for p in self.parts], self.choice)
 
+    def measure(self, out: torch.Tensor) -> None:
+        for p in self.parts:
+            p.measure(out)
+
     def full(self) -> torch.Tensor:
         return self._pick([p.full() for p in self.parts])
 

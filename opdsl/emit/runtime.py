@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from opdsl.emit.batch import (
     SparseDist,
     place,
 )
+from opdsl.emit.fused import fused
 from opdsl.emit.kernels.head import accumulate_type
 from opdsl.emit.kernels.linear_rowwise import linear_rowwise
 from opdsl.emit.module import Emitted, _mangle, check, function_name, input_key, key
@@ -65,6 +67,13 @@ class LossModule(nn.Module):
         super().__init__()
         self.program, self.emitted = program, emitted
         self.functions = load(emitted.text)
+        self.scratch = Scratch()
+
+    @cached_property
+    def in_place(self) -> dict[str, object]:
+        """The row passes for logits that are scratch memory."""
+        texts = [fused(s, st) for s in self.emitted.staged for st in s.stages if st.kind == "rows"]
+        return load("\n\n\n".join(texts) + "\n")
 
     @property
     def needs_prepare(self) -> bool:
@@ -157,6 +166,18 @@ class LossModule(nn.Module):
                 store[k] = tensor if whole or tensor.dim() == 0 else tensor[offset : offset + size]
             offset += size
 
+    def _on_tiles(self, staged: Staged, st: Stage, batch: Batch):
+        """A row pass over tiles of logits: fn(d, r, like), in place where every entry is real."""
+        if not _plain_entries(batch, st):
+            return self._function(staged, st)
+        fn = self.in_place[function_name(staged.rows, st)]
+        scratch = self.scratch
+
+        def run(d, r, like):
+            return fn(d, r, like, scratch.like(d["student"].z))  # type: ignore[operator]
+
+        return run
+
     def _score(self, staged: Staged, st: Stage, batch: Batch, store: Numbers) -> Numbers:
         """A row pass that only measures."""
         fn = self._function(staged, st)
@@ -166,7 +187,7 @@ class LossModule(nn.Module):
             out = fn(d, {**_scalars(batch, store, st), **inputs}, _dtype(batch))  # type: ignore[operator]
             _refuse_broken(_sound(d), batch)
             return {k: _expand(v, batch) for k, v in out.items()}
-        scalars = _scalars(batch, store, st)
+        scalars, fn = _scalars(batch, store, st), self._on_tiles(staged, st, batch)
 
         def program(logits: dict[str, Tensor], rows: dict[str, Tensor]):
             d = _dists(logits, rows, batch, st)
@@ -187,6 +208,7 @@ class LossModule(nn.Module):
         inputs = row_inputs(batch, st, store)
         scalars = _scalars(batch, store, st)
         if _is_hidden(batch):
+            fn = self._on_tiles(staged, st, batch)
 
             def program(logits: dict[str, Tensor], rows: dict[str, Tensor]):
                 d = _dists(logits, rows, batch, st)
@@ -220,6 +242,29 @@ class LossModule(nn.Module):
         )
 
 
+class Scratch:
+    """Buffers shaped like a tile, kept across chunks and steps."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, Tensor] = {}
+
+    def like(self, tile_nV: Tensor):
+        """w(i) -> the i-th buffer [n, V]; grows to the tallest tile."""
+
+        def w(i: int) -> Tensor:
+            have = self.buffers.get(i)
+            same = have is not None and (have.shape[1], have.dtype, have.device) == (
+                tile_nV.shape[1],
+                tile_nV.dtype,
+                tile_nV.device,
+            )
+            if have is None or not same or len(have) < len(tile_nV):
+                have = self.buffers[i] = torch.empty_like(tile_nV)
+            return have[: len(tile_nV)]
+
+        return w
+
+
 class _WithGradient(torch.autograd.Function):
     """A scalar whose gradient w.r.t. the logits is already known."""
 
@@ -249,6 +294,20 @@ def _zero(batch: Batch) -> Tensor:
 
 def _is_hidden(batch: Batch) -> bool:
     return isinstance(batch.dists["student"], HiddenDist)
+
+
+def _plain_entries(batch: Batch, st: Stage) -> bool:
+    """Whether every distribution this pass reads entry by entry is one tensor of finite logits."""
+    student = batch.dists["student"]
+    assert isinstance(student, HiddenDist)
+    gathers = ("at_y", "at_set", "top", "top_p")
+    for n in st.nodes:
+        if n.op == "logp" and any(u.op not in gathers for u in st.nodes if n in u.args):
+            d = batch.dists[resolve(batch, str(n.attr("dist")))]
+            if not isinstance(d, HiddenDist | DenseDist):
+                return False
+    bias = student.head.bias
+    return bias is None or bool(torch.isfinite(bias[: student.head.width]).all())
 
 
 def _dtype(batch: Batch) -> torch.dtype:

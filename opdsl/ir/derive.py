@@ -314,6 +314,31 @@ def _at(b: Builder, x: Node, axis: Axis) -> Node:
     return b.make("mul", (one, x), x.q.with_(axis=axis))
 
 
+def without_multiples(b: Builder, g: Node, leaf: Node) -> Node | None:
+    """A dense cotangent of log π without its multiples of π: g − (Σ g) π is the same. None: nothing
+    is left."""
+    if g.op == "exp" and g.args[0] is leaf:
+        return None
+    if g.op in ("add", "sub"):
+        left, right = (
+            without_multiples(b, x, leaf) if x.q.axis is Axis.VOCAB else x for x in g.args
+        )
+        if left is None or right is None:
+            kept = left if right is None else right if g.op == "add" else b.neg(right)
+            return kept
+        return g if (left, right) == g.args else getattr(b, g.op)(left, right)
+    if g.op in ("mul", "div", "neg"):
+        rows = [x for x in g.args if x.q.axis is not Axis.VOCAB]
+        entries = [x for x in g.args if x.q.axis is Axis.VOCAB]
+        if len(entries) != 1 or (g.op == "div" and g.args[1] in entries):
+            return g
+        kept = without_multiples(b, entries[0], leaf)
+        if kept is None or kept is entries[0]:
+            return None if kept is None else g
+        return getattr(b, g.op)(kept, *rows)
+    return g
+
+
 def adjoints(b: Builder, root: Node) -> dict[int, Node]:
     """Node id -> ∂(Σ_n root[n])/∂node, for the live nodes below the root."""
     return Adjoint(b, root).run().adj

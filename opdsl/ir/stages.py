@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdsl.ir.derive import Cotangent, strip
+from opdsl.ir.derive import Cotangent, strip, without_multiples
 from opdsl.ir.program import Part, Program, lift_token
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import COUPLING_OPS, SET_OPS, Node
 from opdsl.meaning.quantity import Axis
+from opdsl.records import replace
 
 FREE = -2  # computable anywhere from the batch's own inputs
 
@@ -85,7 +86,11 @@ def stage(program: Program, part: Part) -> Staged:
         if r.term.gate.op != "const"
     )
     outputs = [total, *(n for _, n in terms), *(n for _, n in gates)]
-    for c in part.cotangents:
+    slopes = tuple(
+        c if c.dense is None else replace(c, dense=without_multiples(b, c.dense, c.leaf))
+        for c in part.cotangents
+    )
+    for c in slopes:
         outputs += [*c.roots, *(s for s, _ in c.at_sets)]
     level = levels(outputs)
     top = max([level[n.id] for n in outputs] + [0])
@@ -102,7 +107,7 @@ def stage(program: Program, part: Part) -> Staged:
         exports = () if k == final else tuple(_unique(roots))
         stages.append(Stage(k, tuple(nodes), tuple(imports), exports))
     stages.reverse()
-    return Staged(part.rows, tuple(stages), total, terms, gates, part.cotangents)
+    return Staged(part.rows, tuple(stages), total, terms, gates, slopes)
 
 
 def _unique(nodes: list[Node]) -> list[Node]:

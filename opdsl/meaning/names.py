@@ -19,6 +19,7 @@ from opdsl.resources import here, is_file, is_folder, resolved
 from opdsl.source import Source
 from opdsl.syntax import tree
 from opdsl.syntax.recover import ANYTHING
+from opdsl.wrapping import shortened
 
 BUILTIN_NAMES = frozenset(
     [
@@ -416,7 +417,7 @@ class Loader:
             make(
                 "OPD113",
                 imp.target_span,
-                f"cannot find {imp.target}",
+                f"cannot find {shortened(' '.join(imp.target.split()), 200)}",
                 "this is not a file" if there else "no such file",
                 notes=[f"shipped: {', '.join(shipped[:12])}"] if shipped else [],
                 helps=helps,

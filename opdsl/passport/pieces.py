@@ -64,7 +64,8 @@ def whole(spec: Spec, term: Term) -> Node:
 def mean_of(at: Scene, u_SYV: np.ndarray) -> np.ndarray:
     """Expectation over the token drawn; a token that is never drawn counts nothing."""
     law = at.law[:, :, None]
-    out = np.where(law > 0, law * u_SYV, 0.0).sum(1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        out = np.where(law > 0, law * u_SYV, 0.0).sum(1)
     if not np.isfinite(out).all():
         raise Unknown("a value that couples tokens or rollouts")
     return out

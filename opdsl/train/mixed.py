@@ -10,14 +10,20 @@ Shapes: B rows, T response tokens, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from opdsl.train.rollout import Rollouts, _check_finite, _is_any, inverse_cdf, sampling_logprobs
+from opdsl.train.rollout import (
+    Rollouts,
+    _check_finite,
+    _is_any,
+    cache_name,
+    inverse_cdf,
+    sampling_logprobs,
+)
 
 
 @dataclass
@@ -38,12 +44,18 @@ class _Reader:
         self.mask_BP = torch.cat([self.mask_BP, self.mask_BP.new_ones(len(token_B), 1)], 1)
         return self._run(token_B[:, None], self.mask_BP.sum(-1, keepdim=True) - 1)
 
+    @property
+    def held(self) -> str:
+        name = cache_name(self.model)
+        assert name is not None
+        return name
+
     def _run(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         out = self.model(
             input_ids=ids, attention_mask=self.mask_BP, position_ids=position,
-            past_key_values=self.cache, use_cache=True,
+            **{self.held: self.cache}, use_cache=True,
         )  # fmt: skip
-        self.cache = out.past_key_values
+        self.cache = getattr(out, self.held)
         logits_BV = out.logits[:, -1]
         return logits_BV if self.width is None else logits_BV[:, : self.width]
 
@@ -100,7 +112,7 @@ def decode_mixed(
     model without a key-value cache, NonFiniteLogits as `decode` does.
     """
     for model in models:
-        if "past_key_values" not in inspect.signature(model.forward).parameters:
+        if cache_name(model) is None:
             raise ValueError("a mixed sampler needs models with a key-value cache")
     device = torch.device(device) if device is not None else next(models[0].parameters()).device
     stops = (eos,) if isinstance(eos, int) else tuple(eos)

@@ -6,8 +6,8 @@ the distribution actually sampled from, finished rows dropped from the batch, an
 occur several times run through the model once.
 
 It speaks the generic transformers interface only (`input_ids`, `position_ids`,
-`attention_mask`, `past_key_values`, `use_cache`). Models whose forward takes no
-`past_key_values` go through their own `generate`.
+`attention_mask`, `cache`, `use_cache`; before transformers 5.24 the cache is called
+`past_key_values`). Models whose forward takes neither go through their own `generate`.
 
 Shapes: B rows (responses), U different prompts, P prompt tokens, T response tokens, V vocabulary.
 """
@@ -122,7 +122,7 @@ def decode(
     try:
         with torch.no_grad():
             settings = (temperature, top_p, top_k, greedy)
-            loop = _cached_loop if _takes_cache(model) else _hf_generate
+            loop = _cached_loop if cache_name(model) else _hf_generate
             return loop(model, prompts, max_new_tokens, stops, pad, settings, generator, device)
     finally:
         if was_training:
@@ -162,8 +162,13 @@ def _check_finite(logprobs_BT: torch.Tensor) -> None:
         raise NonFiniteLogits(*bad[0].tolist())
 
 
-def _takes_cache(model) -> bool:
-    return "past_key_values" in inspect.signature(model.forward).parameters
+def cache_name(model) -> str | None:
+    """What the key-value cache is called, as an argument and in the output; None: there is none.
+
+    transformers 5.24 renamed `past_key_values` to `cache`; the old name goes with 5.40.
+    """
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
 
 def _is_any(tokens: torch.Tensor, stops: tuple[int, ...]) -> torch.Tensor:
@@ -201,8 +206,10 @@ def _cached_loop(model, prompts, max_new, stops, pad, settings, generator, devic
     if mask_UP is not None:
         position_UP = (mask_UP.long().cumsum(-1) - 1).clamp(min=0)
         arguments |= {"attention_mask": mask_UP.long(), "position_ids": position_UP}
+    held = cache_name(model)
+    assert held is not None
     out = model(**arguments)
-    cache, logits_BV = out.past_key_values, out.logits[:, -1]
+    cache, logits_BV = getattr(out, held), out.logits[:, -1]
     if len(index) < B:
         rows = torch.tensor(row_of_B, device=device)
         cache.batch_select_indices(rows)
@@ -243,13 +250,13 @@ def _cached_loop(model, prompts, max_new, stops, pad, settings, generator, devic
             cache.batch_select_indices(keep)
             if mask_BL is not None:
                 mask_BL, position_B1 = mask_BL[keep], position_B1[keep]
-        step = {"input_ids": token_B.unsqueeze(-1), "past_key_values": cache, "use_cache": True}
+        step = {"input_ids": token_B.unsqueeze(-1), held: cache, "use_cache": True}
         if mask_BL is not None:
             mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], 1)
             position_B1 = position_B1 + 1
             step |= {"attention_mask": mask_BL, "position_ids": position_B1}
         out = model(**step)
-        cache, logits_BV = out.past_key_values, out.logits[:, -1]
+        cache, logits_BV = getattr(out, held), out.logits[:, -1]
 
     _check_finite(logprobs_BT)
     T = int(lengths_B.max())

@@ -180,7 +180,8 @@ class _Source:
         picked = self.given[where]
         if self.tile is None:
             # A copy, so that the program may work in place; one pass of some fifty.
-            return self.buffer[: len(picked)].copy_(picked)
+            # Finite, so that a program in place meets no −inf: see prelude.FLOOR.
+            return self.buffer[: len(picked)].copy_(picked).clamp_min_(-1e30)
         return self.tile.logits(self.tile.load(picked))
 
 
