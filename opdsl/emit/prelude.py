@@ -105,6 +105,24 @@ class Sparse:
         return ids, (self.logp[:, :k] > FLOOR / 2) & first(ids)
 
 
+class Asked:
+    """A distribution known up to one factor per row, where it is asked: at(ids) gives logits."""
+
+    def __init__(self, at, y, temperature=1.0):
+        self._logits, self.y, self._temperature = at, y, temperature
+
+    def tempered(self, temperature):
+        return Asked(self._logits, self.y, temperature)
+
+    def at(self, ids):
+        z = self._logits(ids)
+        return z if self._temperature == 1.0 else z / self._temperature
+
+    def asked(self, ids):
+        """The ids as they were asked for."""
+        return ids
+
+
 # ---- index sets --------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ against 4 to 5 (plus two or three teacher products) for kernels which recompute 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ def linear_rowwise(
     rows: Mapping[str, Tensor] | None = None,
     others: Mapping[str, Dense] | None = None,
     active: Tensor | None = None,
+    gates: Sequence[str] = (),
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of a row program over N rows, differentiable in hidden, head.weight and head.bias.
@@ -54,6 +55,8 @@ def linear_rowwise(
     others             {name: Dense} logits the program reads beside "student"
     active [N] bool    rows to compute; the others are left out of the arithmetic and get an exact
                        zero value, extras and gradient, whatever their hidden states hold
+    gates              extras of the program; a row where all of them are 0 has a zero cotangent
+                       and takes no part in the two products of the backward direction
     chunk              rows per tile; None: from a byte budget
 
     Returns (total, values [N], extras {name: [N]}): the scalar sum (summed in float64, given in
@@ -74,7 +77,9 @@ def linear_rowwise(
     )
     with torch.no_grad(), no_autocast(hidden.device):
         gradients = Gradients.zeros(hidden, head, needs)
-        values, extras = _pass(hidden, head, program, rows, others, active, chunk, gradients)
+        values, extras = _pass(
+            hidden, head, program, rows, others, active, tuple(gates), chunk, gradients
+        )
         wide = torch.float64 if values.device.type != "mps" else torch.float32
         total = values.sum(dtype=wide).to(values.dtype)
     if gradients.wanted:
@@ -120,6 +125,7 @@ def _pass(
     rows: dict[str, Tensor],
     others: dict[str, Dense],
     active: Tensor | None,
+    gates: tuple[str, ...],
     chunk: int | None,
     gradients: Gradients,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,6 +158,10 @@ def _pass(
             extras[name][where] = extra
         if cotangent_nV is None or not gradients.wanted:
             continue
+        open_m = _open(chunk_extras, gates, head) if gates else None
+        if open_m is not None:
+            _some_products(student, cotangent_nV, h_nH, open_m, where, gradients)
+            continue
         dhidden_nH = None
         if gradients.hidden is not None:
             # Indexing by a list of rows copies, so compacted chunks are written back below.
@@ -160,6 +170,35 @@ def _pass(
         if gradients.hidden is not None and kept is not None:
             gradients.hidden[where] = dhidden_nH
     return values, extras
+
+
+WORTH = 0.75  # share of open rows below which picking them is cheaper than multiplying zeros
+
+
+def _open(extras: Mapping[str, Tensor], gates: tuple[str, ...], head: Head) -> Tensor | None:
+    """Indices [m] of rows with an open gate; None where all rows had better be multiplied."""
+    if head.soft_cap is not None:  # the slope of the cap is held for whole tiles
+        return None
+    open_n = torch.stack([extras[g] != 0 for g in gates]).any(0)
+    kept = open_n.nonzero().squeeze(1)
+    return kept if len(kept) < WORTH * len(open_n) else None
+
+
+def _some_products(
+    tile: HeadTile,
+    cotangent_nV: Tensor,
+    h_nH: Tensor,
+    open_m: Tensor,
+    where: slice | Tensor,
+    into: Gradients,
+) -> None:
+    """`HeadTile.products` of some rows; the others keep a zero gradient."""
+    h_mH = h_nH[open_m]
+    dhidden_mH = None if into.hidden is None else torch.empty_like(into.hidden[: len(open_m)])
+    tile.products(cotangent_nV[open_m], h_mH, dhidden_mH, into.weight, into.bias)
+    if into.hidden is not None:
+        rows = open_m + where.start if isinstance(where, slice) else where[open_m]
+        into.hidden[rows] = dhidden_mH
 
 
 class _Source:

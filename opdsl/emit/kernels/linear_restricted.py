@@ -1,0 +1,144 @@
+"""Losses that read the student on given ids only, up to a constant per row: no product with V.
+
+Where every use of the logits is inside a softmax over given ids (a support that is renormalised),
+the log-sum-exp over the vocabulary cancels and so does the gradient of every other word. K rows of
+the head are gathered for each of N rows: 6·N·K·H FLOP instead of 6·N·H·V, and a gradient of the
+head that touches those rows alone. Engines that renormalise compute the full logits first.
+
+Shapes: N rows, n rows of one chunk, H hidden, K ids, R rows of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .head import Gradients, Head, accumulate_type, largest, no_autocast, row_chunks
+from .linear_rowwise import Dense, _check, _Deliver, _Source
+
+Program = Callable[
+    ["Gathered", dict[str, Tensor], dict[str, Tensor]],
+    tuple[Tensor, "list[tuple[Tensor, Tensor]]", Mapping[str, Tensor]],
+]
+"""(student, logits of others, rows) -> (value [n], [(ids [n, K], cotangent [n, K])], extras).
+
+Cotangents are d(sum of values) / d(what `student.at(ids)` gave), and 0 at ids that do not count."""
+
+_TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+_EXPECTED_K = 64  # ids per row a chunk is sized for
+
+
+class Gathered:
+    """Logits of one chunk at ids that are asked for, equal to the model's up to nothing at all."""
+
+    def __init__(self, hidden_nH: Tensor, head: Head, dtype: torch.dtype):
+        self.hidden = hidden_nH.detach().to(dtype)
+        self.head, self.dtype = head, dtype
+        self.slope: dict[int, Tensor] = {}
+        self.rows: dict[int, Tensor] = {}
+        self.ids: dict[int, Tensor] = {}
+
+    def at(self, ids_nK: Tensor) -> Tensor:
+        """soft_cap · tanh(scale · (w[ids] · h + b) / soft_cap) [n, K]."""
+        head, key = self.head, id(ids_nK)
+        if key not in self.rows:
+            self.ids[key] = ids_nK  # keeps it alive, so that its id stays its own
+            self.rows[key] = head.weight.detach()[ids_nK].to(self.dtype)
+        z_nK = torch.bmm(self.rows[key], self.hidden[:, :, None])[:, :, 0]
+        if head.bias is not None:
+            z_nK = z_nK + head.bias.detach()[ids_nK].to(self.dtype)
+        z_nK = z_nK * head.scale
+        self.slope[key] = torch.full_like(z_nK, head.scale)
+        if head.soft_cap is not None:
+            t = torch.tanh(z_nK / head.soft_cap)
+            self.slope[key] *= 1 - t * t
+            z_nK = head.soft_cap * t
+        return z_nK
+
+    def products(self, ids_nK: Tensor, cotangent_nK: Tensor, into: Gradients, where: slice) -> None:
+        """Pull a cotangent of `at(ids)` back into the accumulators."""
+        key = id(ids_nK)
+        g_nK = cotangent_nK.to(self.dtype) * self.slope[key]
+        if into.bias is not None:
+            into.bias.index_add_(0, ids_nK.flatten(), g_nK.flatten())
+        if into.hidden is not None:
+            into.hidden[where] += torch.bmm(g_nK[:, None, :], self.rows[key])[:, 0]
+        if into.weight is not None:  # the gathered rows are read for the last time above
+            outer = torch.mul(g_nK[:, :, None], self.hidden[:, None, :], out=self.rows[key])
+            into.weight.index_add_(0, ids_nK.flatten(), outer.flatten(0, 1))
+
+
+def linear_restricted(
+    hidden: Tensor,
+    head: Head,
+    program: Program,
+    *,
+    rows: Mapping[str, Tensor] | None = None,
+    others: Mapping[str, Dense] | None = None,
+    active: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As `linear_rowwise`, for programs that ask the student at ids: (total, values [N], extras)."""
+    rows, others = dict(rows or {}), dict(others or {})
+    _check(hidden, head, rows, others, active)
+    grad = torch.is_grad_enabled()
+    needs = (
+        grad and hidden.requires_grad,
+        grad and head.weight.requires_grad,
+        grad and head.bias is not None and head.bias.requires_grad,
+    )
+    with torch.no_grad(), no_autocast(hidden.device):
+        gradients = Gradients.zeros(hidden, head, needs)
+        values, extras = _pass(hidden, head, program, rows, others, active, chunk, gradients)
+        total = values.sum(dtype=torch.float64).to(values.dtype)
+    if gradients.wanted:
+        total = _Deliver.apply(
+            hidden,
+            head.weight,
+            head.bias,
+            total,
+            gradients.hidden,
+            gradients.weight,
+            gradients.bias,
+        )
+    return total, values, extras
+
+
+def _pass(
+    hidden: Tensor,
+    head: Head,
+    program: Program,
+    rows: dict[str, Tensor],
+    others: dict[str, Dense],
+    active: Tensor | None,
+    chunk: int | None,
+    gradients: Gradients,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    N = len(hidden)
+    kept = torch.arange(N, device=hidden.device) if active is None else active.nonzero().squeeze(1)
+    dtype = accumulate_type(hidden.dtype, head.weight.dtype)
+    if chunk is None and not others:
+        budget = _TILE_BYTES.get(hidden.device.type, _TILE_BYTES["cuda"])
+        chunk = max(16, budget // (4 * _EXPECTED_K * hidden.shape[1]))
+    chunks = row_chunks(len(kept), head.width, hidden.device, chunk) or [(0, 0)]
+    tall = largest(chunks)
+    sources = {name: _Source(dense, tall, dtype) for name, dense in others.items()}
+    values = torch.zeros(N, dtype=dtype, device=hidden.device)
+    extras: dict[str, Tensor] = {}
+    for start, stop in chunks:
+        where = slice(start, stop) if active is None else kept[start:stop]
+        student = Gathered(hidden[where], head, dtype)
+        logits = {name: source.logits(where) for name, source in sources.items()}
+        chunk_rows = {name: row[where] for name, row in rows.items()}
+        value_n, pieces, found = program(student, logits, chunk_rows)
+        values[where] = value_n.to(dtype)
+        for name, extra in found.items():
+            if name not in extras:
+                extras[name] = extra.new_zeros((N, *extra.shape[1:]))
+            extras[name][where] = extra
+        if gradients.wanted:
+            for ids_nK, cotangent_nK in pieces:
+                student.products(ids_nK, cotangent_nK, gradients, where)  # type: ignore[arg-type]
+    return values, extras
