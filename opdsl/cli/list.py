@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
+
+from opdsl.cli.listing import Item, as_json, as_markdown, text, width
 
 SHELVES = ["specs", "failures", "std", "axes", "codes"]
 
@@ -47,8 +48,13 @@ def list_(what: str, where: tuple[str, ...], format_: str, gallery: Path | None)
     if what == "specs":
         _methods(where, format_)
         return
-    rows = {"failures": _failures, "std": _std, "axes": _axes, "codes": _codes}[what]()
-    _print(rows, format_)
+    rows, item = {
+        "failures": (_failures, _failure_item),
+        "std": (_std, _std_item),
+        "axes": (_axes, _axis_item),
+        "codes": (_codes, _code_item),
+    }[what]
+    _print(rows(), item, format_)
 
 
 # ---- methods -------------------------------------------------------------------------------------
@@ -71,26 +77,29 @@ def _methods(where: tuple[str, ...], format_: str) -> None:
         click.echo(f"no method has {' and '.join(where)}" if where else "no method ships")
         return
     if format_ == "json":
-        _print([e.to_json() for e in found], "json")
+        click.echo(as_json([e.to_json() for e in found]))
     elif format_ == "markdown":
-        from opdsl.formula.gallery import table
+        from opdsl.formula.table import table
 
         click.echo(table(found), nl=False)
     else:
-        asked = [c.axis for c in wanted]
-        _print([_row(e, asked) for e in found], "text")
+        from opdsl.formula.vocabulary import SHELVES as ABOUT
+
+        asked = list(dict.fromkeys(c.axis for c in wanted))
+        items = [_item(e, asked) for e in library.shelved(found)]
+        click.echo(text(items, width(), ABOUT))
+        click.echo(f"\n{len(found)} of {len(entries)} methods")
 
 
-def _row(e, asked: list[str]) -> dict[str, object]:
-    """A line of the table: the usual columns, and the axes that were asked about."""
-    usual = ("group", "route", "feedback", "credit", "evidence")
-    axes = [*usual, *(a for a in asked if a not in (*usual, "name", "title", "source"))]
-    return {
-        "name": e.name,
-        "title": e.title,
-        **{a: ", ".join(v for v in e.values(a) if v != "none") for a in dict.fromkeys(axes)},
-        "source": e.source,
-    }
+USUAL = ("route", "feedback", "credit")
+
+
+def _item(e, asked: list[str]) -> Item:
+    """An entry of the list: the usual axes, what was asked about, evidence and source."""
+    facts = [", ".join(v for v in e.values(a) if v != "none") for a in USUAL]
+    known = (*USUAL, "group", "evidence", "name", "title", "source")
+    facts += [f"{a}: {', '.join(e.values(a)) or 'none'}" for a in asked if a not in known]
+    return Item(e.name, e.title, tuple(f for f in (*facts, e.evidence, *e.sources) if f), e.group)
 
 
 def _write_gallery(folder: Path) -> None:
@@ -176,23 +185,27 @@ def _codes() -> list[dict[str, object]]:
 # ---- printing ------------------------------------------------------------------------------------
 
 
-def _print(rows: list[dict[str, object]], format_: str) -> None:
+def _print(rows: list[dict[str, object]], item: Callable[[dict], Item], format_: str) -> None:
     if format_ == "json":
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
-        return
-    if format_ == "markdown":
-        heads = list(rows[0]) if rows else []
-        click.echo("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
-        for row in rows:
-            cells = (str(v).replace("|", "\\|") for v in row.values())
-            click.echo("| " + " | ".join(cells) + " |")
-        return
-    from rich.console import Console
-    from rich.table import Table
+        click.echo(as_json(rows))
+    elif format_ == "markdown":
+        click.echo(as_markdown(rows))
+    else:
+        click.echo(text([item(row) for row in rows], width()))
 
-    table = Table(box=None, pad_edge=False)
-    for i, column in enumerate(rows[0] if rows else ()):
-        table.add_column(column, no_wrap=i == 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(v) for v in row.values()))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+def _failure_item(row: dict) -> Item:
+    return Item(row["name"], row["title"], tuple(filter(None, row["reported"].split(", "))))
+
+
+def _std_item(row: dict) -> Item:
+    return Item(row["definition"], row["meaning"], shelf=row["file"])
+
+
+def _axis_item(row: dict) -> Item:
+    return Item(row["axis"], row["meaning"], (row["values"],))
+
+
+def _code_item(row: dict) -> Item:
+    words = (row["name"], row["severity"], row["rule"])
+    return Item(row["code"], " · ".join(str(w) for w in words if w))

@@ -282,6 +282,9 @@ class LossModule(nn.Module):
 
         def program(gathered: Gathered, logits: dict[str, Tensor], rows: dict[str, Tensor]):
             d = dists_of(logits, rows, batch, st, like)
+            for x in d.values():  # one buffer for the log-sum-exp of every teacher
+                if isinstance(x, prelude.Dense):
+                    x.measure(self.scratch.like(x.z)(1))
             d["student"] = prelude.Asked(gathered.at, rows["y"])
             value, pieces, extra = fn(d, {**numbers, **rows}, like)  # type: ignore[operator]
             size = rows["y"].numel()

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,8 +52,12 @@ class Entry:
         return bool(self.objective)
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(f"arXiv {v}" if k == "arxiv" else v for k, v in self.cites)
+
+    @property
     def source(self) -> str:
-        return ", ".join(f"arXiv {v}" if k == "arxiv" else v for k, v in self.cites)
+        return ", ".join(self.sources)
 
     def values(self, axis: str) -> tuple[str, ...]:
         """The values on an axis, or of a text column."""
@@ -93,6 +99,14 @@ def group_of(path: str) -> str:
     return head if rest else CORE
 
 
+def shelved(found: Iterable[Entry]) -> list[Entry]:
+    """By shelf, in the order of `SHELVES` (others behind them), then by name."""
+    from opdsl.formula.vocabulary import SHELVES
+
+    order = {shelf: i for i, shelf in enumerate(SHELVES)}
+    return sorted(found, key=lambda e: (order.get(e.group, len(order)), e.group, e.name))
+
+
 def code_lines(text: str) -> int:
     return sum(1 for line in text.splitlines() if line.split("#")[0].strip())
 
@@ -109,10 +123,11 @@ def entries(
     """
     kept = {e.path: e for e in index()}
     found, broken = [], []
+    texts: dict[Path, str] = {}
     for path in methods():
         place = path.relative_to(specs()).as_posix()
         entry = kept.get(place)
-        if entry is None or entry.key != key_of(path):
+        if entry is None or entry.key != key_of(path, texts):
             tell(path.stem)
             entry = compiled(path, measured)
         if entry is None:
@@ -187,23 +202,36 @@ def index_text(found: Iterable[Entry]) -> str:
     return "".join(json.dumps(e.to_json(), ensure_ascii=False) + "\n" for e in rows)
 
 
-def key_of(path: Path) -> str:
-    """Hash of a spec, of all it imports, and of the standard library."""
+def key_of(path: Path, texts: dict[Path, str] | None = None) -> str:
+    """Hash of a spec, of all it imports, and of the standard library. texts: files read before."""
+    texts = {} if texts is None else texts
     digest = hashlib.sha256()
-    todo, seen = [path.resolve(), *sorted(specs().resolve().glob("std/*.opd"))], set()
+    root = specs().resolve()
+    todo, seen = [path.resolve(), *_standard(root)], set()
     while todo:
         at = todo.pop(0)
         if at in seen:
             continue
         seen.add(at)
-        try:
-            text = at.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            text = ""
-        digest.update(f"{at.name}\0{text}\0".encode())
+        if at not in texts:
+            texts[at] = _read(at)
+        digest.update(f"{at.name}\0{texts[at]}\0".encode())
         if at.parent.name != "std":
-            todo += [(at.parent / target).resolve() for target in IMPORT.findall(text)]
+            found = IMPORT.findall(texts[at])
+            todo += [Path(os.path.normpath(at.parent / target)) for target in found]
     return digest.hexdigest()[:16]
+
+
+@cache
+def _standard(root: Path) -> tuple[Path, ...]:
+    return tuple(sorted(root.glob("std/*.opd")))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 # ---- asking --------------------------------------------------------------------------------------

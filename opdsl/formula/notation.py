@@ -312,7 +312,8 @@ def _dotted(before: Math, after: Math) -> bool:
 _WORDS = {"‖": r"\Vert", "≤": r"\leq", "≥": r"\geq", "≠": r"\neq", "∈": r"\in", "∉": r"\notin",
           "∅": r"\emptyset", "<": "<", ">": ">", "=": "=", ":": ":", "∝": r"\propto",
           "∧": r"\wedge", "∨": r"\vee", "∼": r"\sim", "→": r"\to", "…": r"\ldots",
-          "−": "-", "·": r"\cdot"}  # fmt: skip
+          "−": "-", "·": r"\cdot",
+          **{u: rf"\frac{{{a}}}{{{b}}}" for u, a, b in _HALVES.values()}}  # fmt: skip
 
 
 def latex(m: Math, at: int = ADD) -> str:

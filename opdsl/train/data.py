@@ -1,6 +1,6 @@
 """Where prompts come from: the embedded tasks, or a JSONL file.
 
-Both give the same things to the trainer (see `Data`); every batch is a pure function of
+Both (for the tasks see `bindings.TaskData`) give the same things to the trainer (`Data`); every batch is a pure function of
 (seed, step). Prompts travel as token ids from here on: text is tokenised exactly once, with
 the chat template if the tokenizer has one, so no second start token can slip in.
 
@@ -71,55 +71,6 @@ class Data(Protocol):
     def context_ids(self, prompt: Any, template: str | None) -> Sequence[int]: ...
     def prompt_text(self, prompt: Any) -> str: ...
     def response_text(self, ids: Sequence[int]) -> str: ...
-
-
-class TaskData:
-    """An embedded task as a source of prompts.
-
-    invented: field -> values dealt out in turn, for fields a method asks for and the task does
-    not have (subjects by which a method routes among teachers).
-    """
-
-    def __init__(self, task, seed: int, invented: dict[str, tuple[str, ...]] | None = None):
-        self.task, self.seed, self.name = task, seed, task.name
-        self.invented = invented or {}
-        self.pad, self.eos = task.pad, task.eos
-        self.max_new_tokens, self.special_ids = task.max_new_tokens, task.special_ids
-        self.verifiable, self.rows, self.notes = True, None, []
-        self.fingerprint = f"task:{task.name}"
-
-    def prompts(self, step: int, n: int) -> list[Any]:
-        return self._labelled(self.task.prompts(self.seed, step, n))
-
-    def golden(self, step: int, n: int) -> list[Any]:
-        return self._labelled(self.task.golden_batch(self.seed, step, n))
-
-    def sequences(self, step: int, n: int) -> list[Any]:
-        return self._labelled(self.task.data_batch(self.seed, step, n))
-
-    def held_out(self) -> dict[str, list[Any]]:
-        return {"held-out": self.task.held_out(), **self.task.extra_eval()}
-
-    def _labelled(self, prompts: list[Any]) -> list[Any]:
-        for name, values in self.invented.items():
-            prompts = [
-                replace(p, fields=p.fields | {name: values[i % len(values)]})
-                for i, p in enumerate(prompts)
-            ]
-        return prompts
-
-    def verify(self, prompt: Any, response: Sequence[int]) -> float | None:
-        return self.task.verify(prompt, response)
-
-    def context_ids(self, prompt: Any, template: str | None) -> Sequence[int]:
-        """The task's own privileged prompt stands in for a text template."""
-        return prompt.teacher_ids if template is None else prompt.hinted or prompt.teacher_ids
-
-    def prompt_text(self, prompt: Any) -> str:
-        return self.task.decode_text(prompt.ids)
-
-    def response_text(self, ids: Sequence[int]) -> str:
-        return self.task.decode_text(ids)
 
 
 @dataclass(frozen=True)

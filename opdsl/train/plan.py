@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from opdsl.train import bindings
+from opdsl.train.bindings import EMBEDDED
 from opdsl.train.errors import problem
 from opdsl.train.settings import PACE, Recipe, RunSettings, recipe_for
 
-EMBEDDED = "embedded"
 _BLOCK_NUMBERS = (
     "seed", "steps", "prompts", "micro_batch", "max_tokens", "eval_every", "save_every",
     "eval_prompts",
@@ -31,7 +32,7 @@ class Plan:
     """A run with every question answered.
 
     task: embedded task that gives the prompts, or None for a data file. student, teachers: model
-    folder, hub name, or "embedded". evals: steps after which held-out accuracy is measured.
+    folder, hub name, or one of `bindings`. evals: steps after which held-out accuracy is measured.
     """
 
     method: str
@@ -116,15 +117,15 @@ def make_plan(method, settings: RunSettings) -> Plan:
     named = bool(settings.student or given or settings.data)
     task = settings.task
     if task is None and not named and not block_teachers:
-        task = default_task(method.spec)
+        task = bindings.default_task(method.spec)
         notes.append(f"no models given: training the embedded pair on the task `{task}`")
     if task is not None:
         _check_task(task)
-        notes += _context_note(method.spec, task)
         if settings.data:
             raise problem("OPD112", "--task and --data exclude each other", exit_code=2)
         student = settings.student or EMBEDDED
-        teachers = {name: given.get(name, EMBEDDED) for name in external}
+        teachers = bindings.stand_ins(method.spec, given)
+        notes += bindings.notes(method.spec, task, teachers)
     else:
         teachers = {name: given.get(name) or block_teachers.get(name) for name in external}
         student = settings.student or ""
@@ -157,24 +158,6 @@ def make_plan(method, settings: RunSettings) -> Plan:
         settings=settings,
         notes=tuple(notes),
     )
-
-
-def default_task(spec) -> str:
-    """The embedded task a method is tried on: one with something to put in a context, where a
-    teacher reads one."""
-    return "hinted" if any(t.context is not None for t in spec.teachers) else "chain"
-
-
-def _context_note(spec, task: str) -> list[str]:
-    """What stands in for the text of a context on an embedded task."""
-    from opdsl.train.embedded import get_task
-
-    names = [t.name for t in spec.teachers if t.context is not None]
-    if not names:
-        return []
-    if get_task(task).hints:
-        return [f"the context of {_list(names)} is the answer, in the prompt's slot for a hint"]
-    return [f"the task `{task}` has no hint: {_list(names)} reads the plain prompt (try `hinted`)"]
 
 
 def complete(plan: Plan, method, rows: int | None) -> Plan:

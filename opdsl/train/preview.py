@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opdsl.train import models
-from opdsl.train.plan import EMBEDDED, Plan, complete
+from opdsl.train.bindings import EMBEDDED, START
+from opdsl.train.plan import Plan, complete
 
 _GB = 1e9
 
@@ -69,7 +70,7 @@ def preview(method, plan: Plan) -> Preview:
         needs["critic"] = ", ".join(method.needs.values)
     parameters, memory, notes, rows = {}, {}, (), None
     sources = {"student": plan.student} | dict(plan.teachers)
-    named = {role: source for role, source in sources.items() if source != EMBEDDED}
+    named = {role: source for role, source in sources.items() if source not in (EMBEDDED, START)}
     for role, source in named.items():
         models.check_source(source, role)
     for role, source in named.items():

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from opdsl.train import models
+from opdsl.train.bindings import EMBEDDED, START, TaskData, invented_fields, templates
 from opdsl.train.critic import Critic
-from opdsl.train.data import FileData, FileOptions, TaskData
+from opdsl.train.data import FileData, FileOptions
 from opdsl.train.errors import problem
 from opdsl.train.forward import Forward
-from opdsl.train.plan import EMBEDDED, Plan, complete
+from opdsl.train.plan import Plan, complete
 from opdsl.train.progress import Progress
 from opdsl.train.runtime import Runtime, make_runtime
 from opdsl.train.states import States
@@ -153,15 +154,17 @@ def _models(plan: Plan, runtime: Runtime, progress: Progress):
     student = None
     # Everything is looked up before anything large is loaded.
     for role, source in [("student", plan.student), *plan.teachers.items()]:
-        if source != EMBEDDED:
+        if source not in (EMBEDDED, START):
             models.check_source(source, role)
-    if EMBEDDED in (plan.student, *plan.teachers.values()):
+    if {EMBEDDED, START} & {plan.student, *plan.teachers.values()}:
         from opdsl.train.embedded import build_pair
 
         pair = build_pair(
             plan.task, plan.pair_seed, cache_dir=plan.settings.cache_dir, progress=progress.stage
         )
         by_source[EMBEDDED] = pair.teacher.to(runtime.device, runtime.frozen_dtype)
+        if START in plan.teachers.values():
+            by_source[START] = frozen_copy(pair.student).to(runtime.device, runtime.frozen_dtype)
         if plan.student == EMBEDDED:
             student = pair.student.to(runtime.device)
     if student is None:
@@ -187,7 +190,8 @@ def _data(method, plan: Plan, tokenizer, student, loaded):
         from opdsl.train.embedded import get_task
 
         task = get_task(plan.task)
-        return TaskData(task, plan.seed, _invented(method, task))
+        invented = invented_fields(method, tuple(task.prompts(0, 0, 1)[0].fields))
+        return TaskData(task, plan.seed, invented, templates(method.spec))
     configs = [models.bare(m).config for m in (student, *loaded.values())]
     return file_data(method, plan, tokenizer, [models.context_limit(c) for c in configs])
 
@@ -221,17 +225,6 @@ def file_data(method, plan: Plan, tokenizer, contexts: list[int | None]) -> File
         verifier=settings.verifier,
     )
     return FileData(plan.data or "", tokenizer, options, plan.eval_data)
-
-
-def _invented(method, task) -> dict[str, tuple[str, ...]]:
-    """Values for prompt fields the task lacks: those by which the method's teachers are chosen."""
-    there = set(task.prompts(0, 0, 1)[0].fields)
-    invented = {}
-    for name in method.needs.prompt_fields:
-        if name not in there:
-            values = [t.when[1] for t in method.spec.teachers if t.when and t.when[0] == name]
-            invented[name] = tuple(dict.fromkeys(values)) or ("none",)
-    return invented
 
 
 def _old(method, student) -> OldStudent | None:

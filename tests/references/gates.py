@@ -1,4 +1,4 @@
-"""Independent references of specs/gates and of the corrections beside them.
+"""Independent references of specs/gates.
 
 Each function takes the arrays of a batch and gives (loss, logit gradient [B, T, V]), written from
 the formula in its docstring (which names the source) with the gates and weights held fixed.
@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import numpy as np
 from references.arrays import Arrays
+from references.losses import entropy, plus
 
 
 def eopd(x, k: int = 16, tau: float = 0.8, alpha: float = 1.0):
     """1/N Σ { −A log p(y) + α 1[H(q) > τ] Σ_{v ∈ top-k(q)} q log(q/p) } (arXiv 2603.07079)."""
     a = Arrays(x)
-    hesitant = -(a.q * a.lq).sum(-1) > tau
-    return _sum(a.mean(*a.score(a.r_mu)),
+    hesitant = entropy(a.lq) > tau
+    return plus(a.mean(*a.score(a.r_mu)),
                 a.mean(*a.forward_raw(a.top(a.lq, k)), w=alpha * hesitant))  # fmt: skip
 
 
 def eopd_renormalized(x, k: int = 16, tau: float = 0.8, alpha: float = 1.0):
     """The same with both sides rescaled on the top k."""
     a = Arrays(x)
-    hesitant = -(a.q * a.lq).sum(-1) > tau
-    return _sum(a.mean(*a.score(a.r_mu)),
+    hesitant = entropy(a.lq) > tau
+    return plus(a.mean(*a.score(a.r_mu)),
                 a.mean(*a.forward_inside(a.top(a.lq, k)), w=alpha * hesitant))  # fmt: skip
 
 
@@ -39,10 +40,9 @@ def reopold_b(x, lam: float = 0.3, beta: float = 0.2, turn: int = 500):
 
 def _reopold(x, floor: float, beta: float, turn: int):
     a = Arrays(x)
-    h = -(a.p * a.lp).sum(-1)
+    h = entropy(a.lp)
     keep = a.r >= floor if a.step < turn else h >= np.quantile(a.tokens(h), 1 - beta)
-    rho = np.exp(a.at_y(a.lp) - a.mu)
-    return a.mean(*a.score(np.maximum(a.r, floor)), w=keep * rho, keep=keep)
+    return a.mean(*a.score(np.maximum(a.r, floor)), w=keep * a.rho, keep=keep)
 
 
 def paced(x, alpha: float = 1.0, beta: float = 1.0, turn: int = 100):
@@ -69,7 +69,7 @@ def tip(x, rho: float = 0.5):
         v = a.tokens(u)
         return (u - v.min()) / (v.max() - v.min())
 
-    h, d = scaled(-(a.p * a.lp).sum(-1)), scaled(kl)
+    h, d = scaled(entropy(a.lp)), scaled(kl)
     s = h + d - h * d
     keep = s >= np.quantile(a.tokens(s), 1 - rho) - 1e-12
     return a.mean(kl, grad, w=keep, keep=keep)
@@ -77,7 +77,7 @@ def tip(x, rho: float = 0.5):
 
 def ta_opd(x, k: int = 16, keep: float = 0.05):
     """KL(p ‖ q) where disagreement × q(top-k of p), each scaled by its 5 and 95 % quantiles, is in
-    the top share (arXiv 2605.26844)."""
+    the top share (arXiv 2605.26844); scores within 1e-3 of the last one kept are kept as well."""
     a = Arrays(x)
     kl, grad = a.reverse(a.lq)
 
@@ -86,32 +86,26 @@ def ta_opd(x, k: int = 16, keep: float = 0.05):
         return np.clip((u - low) / max(high - low, 1e-8), 0, 1)
 
     s = robust(kl) * robust(np.where(a.top(a.lp, k), a.q, 0).sum(-1))
-    kept = s >= np.quantile(a.tokens(s), 1 - keep)
+    kept = s >= np.quantile(a.tokens(s), 1 - keep) - 1e-3
     return a.mean(kl, grad, w=kept, keep=kept)
 
 
 def iw_opd(x, gamma: float = 0.5, eps: float = 1e-8):
-    """w_t = 1 + γ (1 − Σ_{s<t} |A_s| / max(Σ_s |A_s|, ε)) (arXiv 2606.22600)."""
+    """w_t = 1 + γ (1 − Σ_{s<t} |A_s| / max(Σ_s |A_s|, ε)), A = log q − log μ (arXiv 2606.22600,
+    TRL experimental/iw_opd)."""
     a = Arrays(x)
-    size = np.abs(a.r) * a.m
-    before = np.cumsum(size, 1) - size
-    w = 1 + gamma * (1 - before / np.maximum(size.sum(1, keepdims=True), eps))
-    return a.mean(*a.score(a.r), w=w)
+    size = np.abs(a.r_mu)
+    spent = a.before(size) / np.maximum(a.sum_t(size), eps)[:, None]
+    return a.mean(*a.score(a.r_mu), w=1 + gamma * (1 - spent))
 
 
 def _fire(x, skip: float, alpha: float, beta: float):
     a = Arrays(x)
     likely = a.mean_t(a.at_y(a.lq))
     kept = likely >= np.quantile(likely, skip)
-    hq, hp = -(a.q * a.lq).sum(-1), -(a.p * a.lp).sum(-1)
+    hq, hp = entropy(a.lq), entropy(a.lp)
     w = (1 + alpha * (1 - hq / a.tokens(hq).max())) * (1 + beta * hp / a.tokens(hp).max())
-    return a, kept[:, None] * w * _clipped(a, a.r_mu)
-
-
-def _clipped(a: Arrays, advantage: np.ndarray, eps: float = 0.2) -> np.ndarray:
-    """The ratio where the gradient of PPO's clipped surrogate is not zero."""
-    rho = np.exp(a.at_y(a.lp) - a.mu)
-    return rho * np.where(advantage > 0, rho < 1 + eps, rho > 1 - eps)
+    return a, kept[:, None] * w * a.clipped(a.r_mu)
 
 
 def fire_opd(x, skip: float = 0.2, alpha: float = 1.0, beta: float = 1.0):
@@ -131,7 +125,7 @@ def dial_opd(x, beta: float = 1.0, rho: float = 0.2):
     """Top max(1, round(ρT)) tokens of each response by |r|^{1−β} |q − p|^β (DIAL-OPD)."""
     a = Arrays(x)
     size = np.maximum(np.abs(a.r), 1e-9)
-    s = size ** (1 - beta) * np.abs(np.exp(a.at_y(a.lq)) - np.exp(a.at_y(a.lp))) ** beta
+    s = size ** (1 - beta) * np.abs(np.exp(a.at_y(a.lq)) - np.exp(a.ly)) ** beta
     keep = np.zeros_like(a.m)
     for b in range(a.B):
         here = np.flatnonzero(a.m[b])
@@ -149,7 +143,7 @@ def prune_opd(x, k: int = 16, tau: float = 0.9, drop: float = 0.02, base: float 
     w = np.clip(1 - drop * np.cumsum((near < tau) * a.m, 1), 0, 1) + base
     share = np.where(own, a.p, 0)
     c = share / share.sum(-1, keepdims=True) * (a.lq - a.lp)
-    return a.mean(-(c * a.lp).sum(-1), a.p * c.sum(-1, keepdims=True) - c, w=w)
+    return a.mean(*a.candidates(c), w=w)
 
 
 def _scope(x, temper: float, sign: float):
@@ -159,7 +153,7 @@ def _scope(x, temper: float, sign: float):
     def share(u, mine):
         return mine * u * a.group_sum(mine) / np.maximum(a.group_sum(mine * u), 1e-300)
 
-    keep = share(np.exp(-sign * a.mean_t(a.at_y(a.lp)) / temper), right)
+    keep = share(np.exp(-sign * a.mean_t(a.ly) / temper), right)
     mend = share(np.exp(a.mean_t(a.at_y(a.lq)) / temper), 1 - right)
     return a, right, keep[:, None], mend[:, None]
 
@@ -167,15 +161,15 @@ def _scope(x, temper: float, sign: float):
 def scope(x, temper: float = 1.0):
     """Correct: NLL × PPL_p^{1/τ}, wrong: OPD × PPL_q^{−1/τ}, normalised in the group (2604.10688)."""
     a, _, keep, mend = _scope(x, temper, 1.0)
-    return _sum(a.mean(*a.score(np.ones_like(a.m)), w=keep), a.mean(*a.score(a.r_mu), w=mend))
+    return plus(a.mean(*a.nll(), w=keep), a.mean(*a.score(a.r_mu), w=mend))
 
 
 def scope_released(x, temper: float = 1.0):
     """PPL_p^{−1/τ} on the correct path, which is averaged over correct tokens."""
     a, right, keep, mend = _scope(x, temper, -1.0)
     kept = np.broadcast_to(right[:, None], a.m.shape)
-    nll = a.mean(*a.score(np.ones_like(a.m)), w=keep, keep=kept)
-    return _sum(nll, a.mean(*a.score(a.r_mu), w=mend))
+    nll = a.mean(*a.nll(), w=keep, keep=kept)
+    return plus(nll, a.mean(*a.score(a.r_mu), w=mend))
 
 
 def prefix_opd(x, first: int = 1, growth: int = 256):
@@ -203,7 +197,7 @@ def sdpg(x, coef: float = 1.0, up: float = 50, down: float = 150, end: float = 2
     a = Arrays(x)
     lead = (a.R - a.group_mean(a.R))[:, None]
     height = min(a.step / up, 1) * np.clip((end - a.step) / (end - down), 0, 1)
-    return _sum(a.mean(*a.score(lead + 0 * a.m)),
+    return plus(a.mean(*a.score(lead + 0 * a.m)),
                 a.mean(*a.reverse(a.lq), w=coef * height * (lead > 0)))  # fmt: skip
 
 
@@ -222,16 +216,11 @@ def rg_opd(x, k: int = 50, delta: float = 0.0):
     return a.mean(*a.binned(a.top(a.lq, k)), w=keep, keep=keep)
 
 
-def _whitened(a: Arrays) -> np.ndarray:
-    gap = a.R - a.group_mean(a.R)
-    return gap / (np.sqrt(a.group_mean(gap**2)) + 1e-6)
-
-
 def distilled_rl(x, cap: float = 3.0):
     """q/μ clipped to [1/3, 3] over its geometric mean multiplies positive GRPO advantages only
     (arXiv 2607.17247)."""
     a = Arrays(x)
-    lead = _whitened(a)[:, None]
+    lead = a.whitened(a.R)[:, None]
     size = np.clip(np.exp(a.r_mu), 1 / cap, cap)
     size = size / np.exp(a.mean_t(np.log(size)))[:, None]
     return a.mean(*a.score(lead + 0 * a.m), w=np.where(lead > 0, size, 1))
@@ -244,39 +233,3 @@ def sa_opd(x, wide: float = 0.9, flat: float = 0.5):
     moved = np.abs(a.at_y(a.lq) - a.at_y(a.teachers["blind"]))
     lost = (gap > np.quantile(a.tokens(gap), wide)) & (moved < np.quantile(a.tokens(moved), flat))
     return a.mean(*a.score(a.r), w=~lost, keep=~lost)
-
-
-# ---- corrections ---------------------------------------------------------------------------------
-
-
-def icepop_opd(x, coef: float = 1.0):
-    """ρ = p/μ inside [0.5, 5], else 0; A = log q − log p (verl's rollout correction)."""
-    a = Arrays(x)
-    rho = np.exp(a.at_y(a.lp) - a.mu)
-    return a.mean(*a.score(coef * a.r), w=rho * ((rho >= 0.5) & (rho <= 5)))
-
-
-def stable_opd(x, coef: float = 0.01):
-    """Log-ratio on the student's rows, cross-entropy on golden ones, + coef KL(p ‖ π_0)
-    (arXiv 2604.08527)."""
-    a = Arrays(x)
-    own = np.array([s == "student" for s in a.source])[:, None] * np.ones_like(a.m)
-    parts = (a.mean(*a.score(a.r), w=own), a.mean(*a.score(np.ones_like(a.m)), w=1 - own),
-             a.mean(*a.reverse(a.l0), w=coef))  # fmt: skip
-    return _sum(*parts)
-
-
-def saf_opd(x, keep: float = 0.2, bound: float = 5.0, coef: float = 0.1):
-    """A^GRPO + β(s) γ(s) · sparse bound·tanh(d/bound), PPO clip (arXiv 2607.29209)."""
-    a = Arrays(x)
-    size, d = np.abs(a.r_mu), a.r_mu
-    below = np.array([[(size[b][a.m[b] > 0] < size[b, t]).sum() for t in range(a.T)]
-                      for b in range(a.B)])  # fmt: skip
-    sparse = below / a.length[:, None] >= 1 - keep
-    pace = min(a.step / 50, 1) * np.clip(1 - (a.step - 150) / 150, 0, 1)
-    adv = _whitened(a)[:, None] + coef * pace * sparse * bound * np.tanh(d / bound)
-    return a.mean(*a.score(adv), w=_clipped(a, adv))
-
-
-def _sum(*parts):
-    return sum(v for v, _ in parts), sum(g for _, g in parts)

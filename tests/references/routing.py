@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 from references.arrays import Arrays
-from references.gates import _clipped, _sum, _whitened
+from references.losses import added, plus, scaled
 
 
 def _aopd(x, k: int, tau: float, loss: str):
     a = Arrays(x)
     s = a.top(a.lq, k)
-    imitated = np.exp(a.at_y(a.lq)) - np.exp(a.at_y(a.lp)) <= tau
+    imitated = np.exp(a.at_y(a.lq)) - np.exp(a.ly) <= tau
     local = a.forward_inside(s) if loss == "forward" else a.jsd_inside(s)
-    return _sum(a.by_sequence(*a.score(a.r), w=~imitated), a.by_sequence(*local, w=imitated))
+    return plus(a.by_sequence(*a.score(a.r), w=~imitated), a.by_sequence(*local, w=imitated))
 
 
 def aopd(x, k: int = 32, tau: float = 0.0):
@@ -29,11 +29,11 @@ def aopd_jsd(x, k: int = 32, tau: float = 0.0):
 def tgpo(x, coef: float = 1.0):
     """GRPO with clip .2 plus w CE on the teacher's own token, w → 0 by step 200 (2605.13230)."""
     a = Arrays(x)
-    lead = _whitened(a)[:, None] + 0 * a.m
+    lead = a.advantage()
     best = a.top(a.lq, 1)
     w = coef * max(1 - a.step / 200, 0)
     ce = -np.where(best, a.lp, 0).sum(-1), a.p - best
-    return _sum(a.mean(*a.score(lead), w=_clipped(a, lead)), a.mean(*ce, w=w))
+    return plus(a.mean(*a.score(lead), w=a.clipped(lead)), a.mean(*ce, w=w))
 
 
 def dopd(x, k: int = 128, far: float = 0.5, sure: float = 0.5):
@@ -44,7 +44,7 @@ def dopd(x, k: int = 128, far: float = 0.5, sure: float = 0.5):
     gap = np.abs(lead)
     kept, close = gap <= np.quantile(a.tokens(gap), 0.95), gap <= far
     firm = a.q.max(-1) >= sure
-    return _sum(
+    return plus(
         a.mean(*a.binned(a.top(a.lq, k)), w=0.6 * (kept & close & firm)),
         a.mean(*a.reverse(lown), w=0.3 * (kept & close & ~firm)),
         a.mean(*a.jsd(a.lq), w=kept & ~close & (lead >= 0)),
@@ -72,19 +72,14 @@ def _routed(x, k=32, reach=1e-3, cap=5.0, toward="deficit", strength="score", ce
     found = total[..., 0] > 0
     rho = share / np.where(total > 0, total, 1)
     m = np.minimum(cap, -adv) if strength == "score" else np.maximum(
-        np.exp(a.at_y(a.lp)) - np.exp(a.at_y(a.lq)), 0
+        np.exp(a.ly) - np.exp(a.at_y(a.lq)), 0
     )  # fmt: skip
-    plain, push = a.score(adv)
-    ly = a.at_y(a.lp)
-    moved = m * (ly - (rho * a.lp).sum(-1)), m[..., None] * (a.ey - rho)
-    alone = -adv * (ly - a.lp.mean(-1)), -adv[..., None] * (a.ey - 1 / a.V)
+    moved = a.candidates(m[..., None] * (rho - a.ey))
+    alone = a.candidates(adv[..., None] * (a.ey - 1 / a.V))
     if otherwise == "local":
         alone = a.binned(top | y, reverse=False)
-    where = [~n, n & found, n & ~found]
-    parts = [(plain, push), moved, alone]
-    value = sum(w * v for w, (v, _) in zip(where, parts))
-    grad = sum(w[..., None] * g for w, (_, g) in zip(where, parts))
-    return a.mean(value, grad)
+    parts = (scaled(~n, a.score(adv)), scaled(n & found, moved), scaled(n & ~found, alone))
+    return a.mean(*added(*parts))
 
 
 def cr_opd(x):

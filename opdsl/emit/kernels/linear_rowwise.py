@@ -99,7 +99,8 @@ class _Deliver(torch.autograd.Function):
     """A number whose gradients are already known: backward scales them.
 
     They go through `save_for_backward`, so a second backward raises as usual, and they are scaled
-    out of place, so one with `retain_graph` is right.
+    out of place, so one with `retain_graph` is right. Times one they are handed on as they are: the
+    gradient of a large head is the largest tensor of a step, and a copy of it would be the peak.
     """
 
     @staticmethod
@@ -111,8 +112,10 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total):
+        # reading the number on a GPU would wait for it
+        as_is = grad_total.device.type == "cpu" and float(grad_total) == 1.0
         scaled = (
-            None if saved is None else torch.mul(saved, grad_total).to(dtype)
+            None if saved is None else (saved if as_is else torch.mul(saved, grad_total)).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.types)
         )
         return (*scaled, None, None, None, None)

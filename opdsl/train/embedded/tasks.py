@@ -51,9 +51,10 @@ class Task:
     """One task; every method is a pure function of its arguments.
 
     n: steps of a problem.  fork: the response starts with a route token, the prompt has a slot
-    for the hint.  slot: the slot without routes, shown to readers with a context only.  few: number of training prompts, None for fresh ones.  old_skill: the student
-    masters a second set of rules, announced by the first token.  data_rule: the rule the data
-    set was written by (the teacher's).
+    for the hint.  slot: the slot without routes, shown to readers with a context only.  few:
+    number of training prompts, None for fresh ones.  old_skill: the student masters a second set
+    of rules, announced by the first token.  data_rule: the rule the data set was written by (the
+    teacher's).
     """
 
     name: str
@@ -126,6 +127,14 @@ class Task:
         steps, start = self._fresh(generator, n)
         shortcut = generator.random(n) < recipes.TEACHER_SHORTCUT if self.fork else None
         return self._problem_prompts(steps, start, shown_rule=self.data_rule, shortcut=shortcut)
+
+    def hinted(self, prompt: Prompt, wrong: int = 0) -> tuple[int, ...]:
+        """The prompt for a reader with a privileged context: with the answer in the slot, or
+        with the digit `wrong` places after it; the plain prompt where the task has no slot."""
+        ids = prompt.hinted or prompt.teacher_ids
+        if not (wrong and self.hints):
+            return ids
+        return (*ids[:-2], DIGIT + (prompt.answer + wrong) % 10, ids[-1])
 
     # ---- answers -----------------------------------------------------------------------
 

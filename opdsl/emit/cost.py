@@ -1,0 +1,185 @@
+"""Memory and time of a step in front of the vocabulary, predicted from its plan for given shapes.
+
+Only what the loss itself takes is counted: tiles, scratch, gradients of head and hidden states; not
+the models behind the hidden states. On the machine at hand the rates are measured for a quarter of
+a second; for GPUs they are constants of the data sheets at the share that large products reach.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from opdsl.emit.plan import Plan, Sweep
+
+TILE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # those of kernels/head.py
+CHUNK_RANGE = {"cpu": (16, 256), "cuda": (256, 4096)}
+GATHER_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of kernels/linear_restricted.py
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """N rows of a micro-batch, H and V of the student, H of every other model by name.
+
+    A model in `served` gives lists or numbers, no logits: it costs nothing here. bytes is the size
+    of a weight; kept is the share of rows that gates leave open.
+    """
+
+    rows: int
+    hidden: int
+    vocab: int
+    others: dict[str, int] = field(default_factory=dict)
+    served: frozenset[str] = frozenset()
+    bytes: int = 4
+    frozen_head: bool = False
+    kept: float = 1.0
+
+    def width(self, model: str) -> int:
+        return self.others.get(model, self.hidden)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """FLOP/s of the three products with a head, and seconds an element of a tile takes by kind."""
+
+    kind: str  # cpu or cuda
+    name: str
+    forward: float
+    to_hidden: float
+    to_weight: float
+    element: dict[str, float]
+    gather: float  # bytes/s of rows gathered and scattered
+
+
+@dataclass(frozen=True)
+class Cost:
+    """bytes: the peak beyond the inputs; seconds: loss and gradient; chunk: rows of a tile."""
+
+    chunk: int
+    bytes: int
+    seconds: float
+    tiles: int
+
+
+GPUS = {  # dense bf16 FLOP/s that large products reach, and memory bytes/s
+    "h100": (700e12, 2.9e12),
+    "h200": (790e12, 4.3e12),
+    "a100": (260e12, 1.6e12),
+    "b200": (1600e12, 7.0e12),
+}
+
+
+def machine(name: str, hidden: int = 512, vocab: int = 8192) -> Machine:
+    """`cpu` (measured now) or one of `GPUS`. Raises KeyError for another name."""
+    if name == "cpu":
+        return measured(hidden, vocab)
+    flops, rate = GPUS[name]
+    # a value of 4 bytes read and written once; exp and log hide behind the memory
+    one = 8 / rate
+    element = {"move": one, "exp": one, "log": one, "logaddexp": 1.5 * one, "sum": one / 2,
+               "top": 2 * one}  # fmt: skip
+    return Machine("cuda", name, flops, flops, flops, element, rate / 2)
+
+
+def measured(hidden: int, vocab: int) -> Machine:
+    """Rates of this CPU with torch's current number of threads."""
+    import torch
+
+    # as many columns as keep the head out of the caches, as a real one is
+    columns, rows = min(vocab, max(4096, (32 << 20) // (4 * hidden))), 128
+    h, w = torch.randn(rows, hidden), torch.randn(columns, hidden)
+    z, dh, dw = torch.empty(rows, columns), torch.empty(rows, hidden), torch.zeros(columns, hidden)
+    flop = 2.0 * rows * hidden * columns
+    fwd = flop / _time(lambda: torch.mm(h, w.T, out=z))
+    back = flop / _time(lambda: torch.mm(z, w, out=dh))
+    weight = flop / _time(lambda: dw.addmm_(z.T, h))
+    x, y = torch.randn(128, 32768), torch.empty(128, 32768)
+    size = x.numel()
+    element = {
+        "move": _time(lambda: torch.mul(x, 0.5, out=y)) / size,
+        "exp": _time(lambda: torch.exp(x, out=y)) / size,
+        "log": _time(lambda: torch.log(y, out=y)) / size,
+        "logaddexp": _time(lambda: torch.logaddexp(x, x, out=y)) / size,
+        "sum": _time(lambda: x.sum(1)) / size,
+        "top": _time(lambda: x.topk(32, -1)) / size,
+    }
+    ids = torch.randint(0, columns, (64, 64))
+    taken = _time(lambda: dw.index_add_(0, ids.flatten(), w[ids].flatten(0, 1)))
+    return Machine(
+        "cpu", "this CPU", fwd, back, weight, element, 3 * ids.numel() * hidden * 4 / taken
+    )
+
+
+def _time(f, budget: float = 0.03) -> float:
+    """Seconds of the fastest call within a budget, the first one left out."""
+    import torch
+
+    # of a shared machine the processor's time is the steadier one; of several threads it is a sum
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    f()
+    best, spent = float("inf"), 0.0
+    while spent < budget:
+        start = clock()
+        f()
+        took = max(clock() - start, 1e-7)
+        best, spent = min(best, took), spent + took
+    return best
+
+
+def cost(plan: Plan, at: Shapes, on: Machine, tile_bytes: int | None = None) -> Cost:
+    """The prediction for one plan; `tile_bytes` is another budget for one tile."""
+    low, high = CHUNK_RANGE[on.kind]
+    chunk = min(max(low, min(high, (tile_bytes or TILE_BYTES[on.kind]) // (4 * at.vocab))), at.rows)
+    tiles = _tiles(plan.gradient, at)
+    first = 4 * chunk * at.vocab * max([0, *(_tiles(s, at) for s in plan.statistics)])
+    peak = 4 * chunk * at.vocab * tiles
+    if plan.kind == "S0":
+        tiles = 0
+        listed = _others(plan.gradient, at)
+        chunk = chunk if listed else max(16, GATHER_BYTES[on.kind] // (4 * 64 * at.hidden))
+        chunk = min(chunk, at.rows)
+        peak = 4 * chunk * (plan.ids * at.hidden + 2 * len(listed) * at.vocab)
+    weight = (
+        0 if at.frozen_head else at.vocab * at.hidden * (4 + (at.bytes if at.bytes != 4 else 0))
+    )
+    peak = max(first, peak + weight + 2 * 4 * at.rows * at.hidden)
+    seconds = sum(_seconds(s, plan, at, on, backward=False) for s in plan.statistics)
+    seconds += _seconds(plan.gradient, plan, at, on, backward=True)
+    return Cost(chunk, int(peak), seconds + weight / 4 * on.element["move"], tiles)
+
+
+def _others(s: Sweep, at: Shapes) -> list[str]:
+    return [n for n in s.reads if n != "student" and n not in at.served]
+
+
+def _tiles(s: Sweep, at: Shapes) -> int:
+    """Logits of every model that gives them, and scratch."""
+    return len(_others(s, at)) + ("student" in s.reads) + s.scratch
+
+
+def _seconds(s: Sweep, plan: Plan, at: Shapes, on: Machine, backward: bool) -> float:
+    before = at.kept if plan.gated == "known" and backward else 1.0
+    after = at.kept if plan.gated and backward else 1.0
+    U = 2.0 * at.rows * at.vocab
+    total = before * sum(U * at.width(n) / on.forward for n in _others(s, at))
+    if plan.kind == "S0" and backward:
+        rows = 3 * 4 * at.rows * plan.ids * at.hidden / on.gather
+        lists = _sets(s, at, on) if _others(s, at) else 0.0
+        return total + before * (rows + lists)
+    if "student" in s.reads:
+        total += before * U * at.hidden / on.forward
+    if backward:
+        total += after * U * at.hidden / on.to_hidden
+        total += 0.0 if at.frozen_head else after * U * at.hidden / on.to_weight
+    served = len([n for n in s.reads if n in at.served])
+    work = dict(s.work)
+    for kind, times in (("move", 2), ("exp", 1), ("sum", 1)):  # a list needs no log-sum-exp
+        work[kind] = max(0, work[kind] - times * served)
+    return total + before * at.rows * at.vocab * sum(n * on.element[k] for k, n in work.items())
+
+
+def _sets(s: Sweep, at: Shapes, on: Machine) -> float:
+    return at.rows * at.vocab * (s.work["top"] * on.element["top"] + 3 * on.element["move"])
+
+
+__all__ = ["GPUS", "Cost", "Machine", "Shapes", "cost", "machine"]

@@ -1,0 +1,1 @@
+"""Parity with the objectives that other projects ship; needs the extra `peers`."""
