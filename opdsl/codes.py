@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from opdsl.diagnostics import Diagnostic, Fix, Label, Severity
 from opdsl.source import Span
+from opdsl.wrapping import shortened
 
 E, W, N = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
@@ -187,11 +188,11 @@ def make(
         row.code,
         row.slug,
         row.severity,
-        message,
-        Label(span, label),
+        shortened(message),  # a word of a text may be as long as the text
+        Label(span, shortened(label)),
         tuple(secondary),
-        tuple(notes),
-        tuple(helps),
+        tuple(map(shortened, notes)),
+        tuple(map(shortened, helps)),
         tuple(fixes),
         row.rule,
     )

@@ -202,9 +202,15 @@ def _biases(e: Explanation) -> list[str]:
 def _escaped(text: str) -> str:
     """Text that markdown would read as emphasis, a cell border, a tag or mathematics."""
     text = text.replace("\n", " ")
-    for sign in ("\\", "|", "_", "*", "<", "$", "`"):
-        text = text.replace(sign, "\\" + sign)
-    return text
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a lone backquote is a character, a pair of them holds code
+        parts = [text]
+    for i, part in enumerate(parts):
+        signs = ("|",) if i % 2 else ("\\", "|", "_", "*", "<", "$", "`")
+        for sign in signs:
+            part = part.replace(sign, "\\" + sign)
+        parts[i] = part
+    return "`".join(parts)
 
 
 __all__ = [

@@ -32,6 +32,7 @@ from opdsl.meaning.spec import (
 from opdsl.meaning.terms import Parts, build_term, regularizer
 from opdsl.source import Span
 from opdsl.syntax import tree
+from opdsl.wrapping import shortened
 
 AGGREGATES = {
     ("sum", "tokens"): "sum",
@@ -93,7 +94,7 @@ class Elaboration:
             return None
         return Spec(
             name=decl.name.name,
-            title=flat.title,
+            title=flat.title and shortened(flat.title, 200),
             evidence=flat.evidence,
             cites=tuple(flat.cites),
             acceptances=acceptances,

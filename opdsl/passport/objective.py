@@ -266,10 +266,13 @@ class View:
         if self._signal is None:
             return False
         r, gap = self._signal
+        if not np.isfinite(r).all():
+            return False
         steps = np.diff(r.ravel()[np.argsort(gap, axis=None)])
         if steps.min() >= -1e-12 < 1e-12 < steps.max():
             return True
-        return bool((r * gap >= -1e-12).all() and (r * gap > 0).any())
+        same = np.sign(r) * np.sign(gap)  # as a product it may overflow
+        return bool((same[np.abs(r) > 1e-12] >= 0).all() and (same > 0).any())
 
 
 def drawn_as_is(spec: Spec) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opdsl.passport.measure import Measurement
     from opdsl.passport.model import Small
 
-MODELS, MORE = 3, 3  # a no says that some model is different: more are tried until one is
+MODELS, MORE = 3, 9  # a no says that some model is different: more are tried until one is
 SPREADS = (1.0, 1.5, 0.7)
 AGREES, DISAGREES, DECIDES, OPEN = "agrees", "disagrees", "decides", "not measured"
 WORDS = {True: "yes", False: "no", None: "not decided"}

@@ -256,8 +256,11 @@ def variance(spec: Spec, found: list[View]) -> str:
     if any(v.term.route != "reward" and v.sampled for v in main):
         parts.append("own token: sampled")
     if any(v.term.route != "reward" and not v.sampled for v in main):
+        tail = any(v.term.support.tail == "sampled" for v in main)
         parts.append(
-            "own token: exact at the state"
+            "own token: exact on the support, its tail sampled"
+            if tail
+            else "own token: exact at the state"
             if len(main) == 1 or "future" in kinds
             else "direct terms: exact at the state"
         )

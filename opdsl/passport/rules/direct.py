@@ -63,6 +63,8 @@ def _own_samples(case: Case) -> None:
         return
     if any(reads(n, "outcome") for n in (term.gate, term.weight, term.loss)):
         return
+    if reads(term.loss, "rollout_logp"):  # a pull back to the policy that drew them
+        return
     case.add(
         "OPD317",
         case.span("feedback"),

@@ -150,14 +150,20 @@ def _state_factors(case: Case) -> None:
 
 def _ratio_clip(case: Case) -> None:
     """R64: a ratio held inside bounds is unbiased only where it is 1."""
-    below = nodes_below([case.term.weight])
-    ratio = any(n.op == "input" and n.attr("name") == "rollout_logp" for n in below)
-    if ratio and any(n.op in ("min", "max", "where") for n in below):
+    bounds = [n for n in nodes_below([case.term.weight]) if n.op in ("min", "max", "where")]
+    if any(_ratio(n) for n in bounds):
         case.add(
             "OPD508",
             case.span("weight"),
             "a clipped ratio is unbiased only at ratio 1: the first pass over fresh rollouts",
         )
+
+
+def _ratio(n: Node) -> bool:
+    """Whether a value compares the student of now with the policy that drew the rollouts."""
+    below = nodes_below([n])
+    drawn = any(x.op == "input" and x.attr("name") == "rollout_logp" for x in below)
+    return drawn and any(x.op == "logp" and x.attr("dist") == "student" for x in below)
 
 
 def _special(case: Case) -> None:
