@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from opdsl.cli.common import compiled, settings
+from opdsl.cli.cost import DEVICES, SHAPE, report
 from opdsl.cli.figure import check, draw
 from opdsl.diagnostics import CompileError
 
@@ -42,6 +43,17 @@ DUMPS = ("ast", "spec", "ir", "torch", "plan")
     help="The state of the figure. [a small built-in one]",
 )
 @click.option("--probe", is_flag=True, help="Measure the passport's claims on small models.")
+@click.option("--cost", is_flag=True, help="Plan, memory and time of a step instead.")
+@click.option(
+    "--shape",
+    metavar="N,H,V",
+    default=SHAPE,
+    show_default=True,
+    help="Tokens, hidden size and vocabulary for --cost.",
+)
+@click.option(
+    "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="For --cost."
+)
 def explain(
     what: str,
     format_: str,
@@ -51,6 +63,9 @@ def explain(
     figure: Path | None,
     state: Path | None,
     probe: bool,
+    cost: bool,
+    shape: str,
+    device: str,
 ) -> None:
     """Explain a spec file or shipped spec, a diagnostic code (OPD302 or its slug), or a
     definition of the standard library.
@@ -62,11 +77,15 @@ def explain(
     chosen = settings(pairs)
     if figure is not None or state is not None:
         check(figure, state, dump)
+    if cost and (
+        probe or dump is not None or figure is not None or format_ not in ("text", "json")
+    ):
+        raise click.UsageError("--cost stands alone, in the formats text and json")
     if probe and (dump is not None or format_ == "latex"):
         raise click.UsageError("--probe goes with the formats text, json and markdown")
     from opdsl.resources import is_file
 
-    if not (what == "-" or is_file(Path(what)) or dump or chosen or method):
+    if not (what == "-" or is_file(Path(what)) or dump or chosen or method or cost):
         text = _code(what, format_) or _definition(what, format_)
         if text is not None and figure is not None:
             raise click.UsageError(f"{what} is a code or a definition; a figure shows a method")
@@ -80,6 +99,9 @@ def explain(
             click.echo(_dump(what, dump, chosen, method).rstrip("\n"))
             return
         compilation = compiled(what, chosen, method)
+        if cost:
+            click.echo(report(compilation, shape, device, format_), nl=False)
+            return
     except CompileError as e:
         raise _with_names(what, e) from None
     from opdsl.formula.explain import WIDTH, Explanation, printed

@@ -82,7 +82,25 @@ def machine(name: str, hidden: int = 512, vocab: int = 8192) -> Machine:
 
 
 def measured(hidden: int, vocab: int) -> Machine:
-    """Rates of this CPU with torch's current number of threads."""
+    """Rates of this CPU: those of one thread, times the threads torch uses now."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one = _one_thread(hidden, vocab)
+    finally:
+        torch.set_num_threads(threads)
+    if threads == 1:
+        return one
+    k = 0.9 * threads  # two threads give 1.8 to 2 times one
+    element = {name: x / k for name, x in one.element.items()}
+    name = f"this CPU, {threads} threads"
+    return Machine("cpu", name, k * one.forward, k * one.to_hidden, k * one.to_weight, element,
+                   k * one.gather)  # fmt: skip
+
+
+def _one_thread(hidden: int, vocab: int) -> Machine:
     import torch
 
     # as many columns as keep the head out of the caches, as a real one is
@@ -105,23 +123,18 @@ def measured(hidden: int, vocab: int) -> Machine:
     }
     ids = torch.randint(0, columns, (64, 64))
     taken = _time(lambda: dw.index_add_(0, ids.flatten(), w[ids].flatten(0, 1)))
-    return Machine(
-        "cpu", "this CPU", fwd, back, weight, element, 3 * ids.numel() * hidden * 4 / taken
-    )
+    gather = 3 * ids.numel() * hidden * 4 / taken
+    return Machine("cpu", "this CPU, 1 thread", fwd, back, weight, element, gather)
 
 
 def _time(f, budget: float = 0.03) -> float:
-    """Seconds of the fastest call within a budget, the first one left out."""
-    import torch
-
-    # of a shared machine the processor's time is the steadier one; of several threads it is a sum
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    """Seconds of processor time of the fastest call within a budget, the first one left out."""
     f()
     best, spent = float("inf"), 0.0
     while spent < budget:
-        start = clock()
+        start = time.process_time()  # on a shared machine steadier than the clock
         f()
-        took = max(clock() - start, 1e-7)
+        took = max(time.process_time() - start, 1e-7)
         best, spent = min(best, took), spent + took
     return best
 

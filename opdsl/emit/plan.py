@@ -143,19 +143,18 @@ def _work(text: str) -> dict[str, int]:
     return found
 
 
-def describe(plan: Plan) -> str:
-    """One line: class, products, tiles."""
+def describe(plan: Plan, served: frozenset[str] = frozenset()) -> str:
+    """One line: class, products, tiles. What `served` models give costs no product."""
     head = f"{plan.units():g} U"
     if plan.kind == "S0":
         head = f"{plan.ids} rows of the head per token" + (f", {head}" if plan.units() else "")
-    for name in dict.fromkeys(plan.others):
-        head += (
-            f", {plan.others.count(name)} U of {name}"
-            if plan.others.count(name) > 1
-            else f", U of {name}"
-        )
-    tiles = 0 if plan.kind == "S0" else len(plan.gradient.reads) + plan.gradient.scratch
-    return f"{plan.label}: {head}; {tiles} tiles"
+    others = [n for n in plan.others if n not in served]
+    for name in dict.fromkeys(others):
+        times = others.count(name)
+        head += f", {times} U of {name}" if times > 1 else f", U of {name}"
+    logits = sum(n not in served for n in plan.gradient.reads)
+    tiles = logits + plan.gradient.scratch - (plan.kind == "S0")
+    return f"{plan.label}: {head}; {tiles} {'tile' if tiles == 1 else 'tiles'}"
 
 
 __all__ = ["KINDS", "Plan", "Sweep", "describe", "plans"]

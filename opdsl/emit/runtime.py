@@ -229,9 +229,12 @@ class LossModule(nn.Module):
             found = fn(d, {**numbers, **rows}, like)  # type: ignore[operator]
             size = rows["y"].numel()
             out = {k: tensor_of(v, like, rows["y"].device).expand(size) for k, v in found.items()}
+            if not reads:  # its tile holds whatever was there
+                d.pop("student")
             return rows["y"].new_zeros(size, dtype=torch.float32), None, {**out, **sound(d)}
 
-        _, _, extras = self._sweep(batch, st, program, inputs)
+        reads = any(n.op == "logp" and n.attr("dist") == "student" for n in st.nodes)
+        _, _, extras = self._sweep(batch, st, program, inputs, reads_student=reads)
         return refuse_broken(extras, batch)
 
     def _last(
@@ -310,6 +313,7 @@ class LossModule(nn.Module):
         inputs: Numbers,
         active: Tensor | None = None,
         gates: Sequence[str] = (),
+        reads_student: bool = True,
     ):
         """`linear_rowwise` with every distribution this pass reads."""
         student = batch.dists["student"]
@@ -323,6 +327,7 @@ class LossModule(nn.Module):
             others=others,
             active=active,
             gates=gates,
+            reads_student=reads_student,
         )
 
 

@@ -101,7 +101,7 @@ def stage(program: Program, part: Part) -> Staged:
         roots = wanted.get(k, [])
         if not roots and k != final:
             continue
-        nodes, imports = _needed(roots, level, k)
+        nodes, imports = _needed(roots, level, k, _sinking(outputs) if k == final else set())
         for n in imports:
             wanted.setdefault(level[n.id], []).append(n)
         exports = () if k == final else tuple(_unique(roots))
@@ -114,7 +114,28 @@ def _unique(nodes: list[Node]) -> list[Node]:
     return list({n.id: n for n in nodes}.values())
 
 
-def _needed(roots: list[Node], level: dict[int, int], k: int) -> tuple[list[Node], list[Node]]:
+def _sinking(outputs: list[Node]) -> set[int]:
+    """What the last pass computes itself, although an earlier one could: arithmetic on log π(y).
+
+    The student's logits are at hand there. Imported, log π(y) would take a scoring pass of its own
+    wherever only its product with a return is asked for.
+    """
+    found: set[int] = set()
+    for n in nodes_below(outputs):
+        if n.op == "at_y" and n.args[0].op == "logp":
+            sinks = n.args[0].attr("dist") == "student"
+        else:
+            sinks = not (n.op in COUPLING_OPS or _reads_entries(n)) and any(
+                a.id in found for a in n.args
+            )
+        if sinks:
+            found.add(n.id)
+    return found
+
+
+def _needed(
+    roots: list[Node], level: dict[int, int], k: int, sinking: set[int]
+) -> tuple[list[Node], list[Node]]:
     """(nodes to compute in stage k in order, nodes to import from earlier stages)."""
     nodes: list[Node] = []
     imports: list[Node] = []
@@ -130,7 +151,7 @@ def _needed(roots: list[Node], level: dict[int, int], k: int) -> tuple[list[Node
         seen.add(n.id)
         home = level[n.id]
         entries = n.q.axis is Axis.VOCAB or n.op in SET_OPS
-        if home not in (FREE, k) and not entries:
+        if home not in (FREE, k) and not entries and n.id not in sinking:
             imports.append(n)
             continue
         stack.append((n, True))

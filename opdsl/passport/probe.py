@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from opdsl.passport.model import Small
 
 MODELS, MORE = 3, 9  # a no says that some model is different: more are tried until one is
-SPREADS = (1.0, 1.5, 0.7)
+# of the logits; the later ones, to refute a no: wide where a bound at 10 nats is to bind, flat where
+# a truncated sampler is to have more than one token
+SPREADS = (1.0, 1.5, 0.7, 3.0, 0.3, 0.7, 6.0, 0.5, 0.7, 12.0, 0.3, 1.0)
 AGREES, DISAGREES, DECIDES, OPEN = "agrees", "disagrees", "decides", "not measured"
 WORDS = {True: "yes", False: "no", None: "not decided"}
 

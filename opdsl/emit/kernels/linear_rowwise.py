@@ -44,6 +44,7 @@ def linear_rowwise(
     others: Mapping[str, Dense] | None = None,
     active: Tensor | None = None,
     gates: Sequence[str] = (),
+    reads_student: bool = True,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of a row program over N rows, differentiable in hidden, head.weight and head.bias.
@@ -57,6 +58,8 @@ def linear_rowwise(
                        zero value, extras and gradient, whatever their hidden states hold
     gates              extras of the program; a row where all of them are 0 has a zero cotangent
                        and takes no part in the two products of the backward direction
+    reads_student      False: the program reads the others alone; the tile of the student is handed
+                       in as it is, without the product
     chunk              rows per tile; None: from a byte budget
 
     Returns (total, values [N], extras {name: [N]}): the scalar sum (summed in float64, given in
@@ -78,7 +81,16 @@ def linear_rowwise(
     with torch.no_grad(), no_autocast(hidden.device):
         gradients = Gradients.zeros(hidden, head, needs)
         values, extras = _pass(
-            hidden, head, program, rows, others, active, tuple(gates), chunk, gradients
+            hidden,
+            head,
+            program,
+            rows,
+            others,
+            active,
+            tuple(gates),
+            reads_student,
+            chunk,
+            gradients,
         )
         wide = torch.float64 if values.device.type != "mps" else torch.float32
         total = values.sum(dtype=wide).to(values.dtype)
@@ -129,6 +141,7 @@ def _pass(
     others: dict[str, Dense],
     active: Tensor | None,
     gates: tuple[str, ...],
+    reads_student: bool,
     chunk: int | None,
     gradients: Gradients,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -148,7 +161,7 @@ def _pass(
     for start, stop in chunks:
         where = slice(start, stop) if kept is None else kept[start:stop]
         h_nH = student.load(hidden[where])
-        logits = {STUDENT: student.logits(h_nH)}
+        logits = {STUDENT: student.logits(h_nH) if reads_student else student.buffer[: len(h_nH)]}
         for name, source in sources.items():
             logits[name] = source.logits(where)
         chunk_rows = {name: row[where] for name, row in rows.items()}
