@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from opdsl.emit.module import Writer, _mangle, bare, function_name, key, number
+from opdsl.emit.buffers import Line, allocated, literal
+from opdsl.emit.lazy import Lazy, Scale, combined, factor, negated
+from opdsl.emit.module import Writer, _mangle, function_name, key, number
 from opdsl.ir.derive import Cotangent, domain_of
 from opdsl.ir.stages import Stage, Staged
 from opdsl.meaning.node import SET_OPS, Node
@@ -26,55 +28,6 @@ from opdsl.meaning.quantity import Axis
 
 SMOOTH = frozenset(["add", "sub", "mul", "div", "neg", "sum_v"])
 REAL = -1e20  # what is above it is the log-probability of a real entry
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """const · Π up / Π down: a number per row; `up` and `down` are texts of [n] or plain numbers."""
-
-    const: float = 1.0
-    up: tuple[str, ...] = ()
-    down: tuple[str, ...] = ()
-
-    @property
-    def plain(self) -> bool:
-        return not self.up and not self.down
-
-    def __mul__(self, other: Scale) -> Scale:
-        up, down = [*self.up, *other.up], [*self.down, *other.down]
-        for x in list(up):
-            if x in down:
-                up.remove(x)
-                down.remove(x)
-        return Scale(self.const * other.const, tuple(sorted(up)), tuple(sorted(down)))
-
-    def text(self) -> str:
-        """One number per row, or one for all."""
-        parts = [*([number(self.const)] if self.const != 1.0 or not self.up else []), *self.up]
-        return " * ".join(parts) + "".join(f" / {x}" for x in self.down)
-
-    def column(self) -> str:
-        return number(self.const) if self.plain else f"column({self.text()})"
-
-
-@dataclass(frozen=True, slots=True)
-class Lazy:
-    """scale · (value + shift): a value with entries, and what is left outside of it."""
-
-    value: int
-    scale: Scale = Scale()
-    shift: str = ""  # one number per row; "" is 0
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A statement: `{0}`, `{1}` stand for values it reads, `{out}` for the buffer it writes."""
-
-    text: str
-    reads: tuple[int, ...] = ()
-    out: int | None = None
-    owned: str = ""  # the value lies here already (a tile of logits, a fresh tensor)
-    pooled: bool = True  # whether that memory is ours to use again
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +185,7 @@ class Fused(Writer):
             reads = [self.leaves[which].z]
             base = self.leaves.get((which[0], 1.0))  # a list of the top reads it at temperature 1
             reads += [base.z] if base is not None and base.z != reads[0] else []
-            self.lines[-1] = Line(_literal(self.lines[-1]), tuple(reads))
+            self.lines[-1] = Line(literal(self.lines[-1]), tuple(reads))
         elif self.is_dense(x):
             value = self.whole(self.entries_of(x))
             self.names[x.id] = "{0}"
@@ -330,7 +283,7 @@ class Fused(Writer):
             if c != 1.0:
                 text = f"torch.add({{0}}, {{1}}, alpha={number(c)}, out={{out}})"
             value = self.op(("add", a.value, b.value, c), text, (a.value, b.value))
-            return Lazy(value, a.scale, _combined(a.shift, b.shift, c))
+            return Lazy(value, a.scale, combined(a.shift, b.shift, c))
         first, second = self.whole(a), self.base(b)
         if b.scale.plain:
             text = f"torch.add({{0}}, {{1}}, alpha={number(b.scale.const)}, out={{out}})"
@@ -463,72 +416,6 @@ class Fused(Writer):
                 text = f"{{0}}.add_({{1}}, alpha={number(scale.const)})"
             self.lines.append(Line(text, (leaf.e, before)))
         return leaf.e
-
-
-def _combined(a: str, b: str, c: float) -> str:
-    """a + c · b, either may be missing."""
-    if not b:
-        return a
-    second = b if c == 1.0 else f"{number(c)} * ({b})"
-    return f"{a} + {second}" if a else second
-
-
-def negated(x: Lazy | str) -> Lazy | str:
-    if isinstance(x, str):
-        return f"(-{x})"
-    return replace(x, scale=x.scale * Scale(-1.0))
-
-
-def factor(text: str) -> Scale:
-    """A number per row as a factor; a plain number goes into the constant."""
-    try:
-        return Scale(float(bare(text)))
-    except ValueError:
-        return Scale(1.0, (text,))
-
-
-def _literal(line: str | Line) -> str:
-    assert isinstance(line, str)
-    return line.replace("{", "{{").replace("}", "}}")
-
-
-# ---- buffers -----------------------------------------------------------------------------------
-
-
-def allocated(lines: list) -> list[str]:
-    """Statements with buffers for their values: one dies with its last reader and is used again."""
-    program = [Line(_literal(x)) if isinstance(x, str) else x for x in lines]
-    last = {v: i for i, line in enumerate(program) for v in (*line.reads, line.out) if v}
-    place: dict[int, str] = {}
-    owned: set[str] = set()
-    free: list[str] = []
-    count, out = 0, []
-    for i, line in enumerate(program):
-        reads = [place[v] for v in line.reads]
-        for v in dict.fromkeys(line.reads):
-            # an element is written after it was read: the buffer of a dying argument will do
-            if last[v] == i and place[v] in owned and v != line.out:
-                free.append(place[v])
-                owned.discard(place[v])
-        if line.out is None:
-            out.append(line.text.format(*reads))
-            continue
-        if line.owned:
-            place[line.out] = line.owned
-            if line.pooled:
-                owned.add(line.owned)
-        else:
-            if not free:
-                count += 1
-                free.append(f"w{count}")
-                out.append(f"w{count} = w({count})")
-            place[line.out] = free.pop()
-            owned.add(place[line.out])
-        out.append(line.text.format(*reads, out=place[line.out]))
-        if last[line.out] == i and place[line.out] in owned:
-            free.append(place[line.out])
-            owned.discard(place[line.out])
-    return out
 
 
 __all__ = ["fused"]

@@ -7,6 +7,8 @@ every method: ∂L/∂z = (g − (Σ g) π) / temperature. The field's coefficie
 
 from __future__ import annotations
 
+from collections import Counter
+
 from opdsl.meaning.graph import nodes_below
 from opdsl.meaning.node import Builder, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
@@ -186,6 +188,11 @@ class Adjoint:
         self.give(n.args[0], b.mul(a, b.mul(n, b.sub(b.const(1.0), n))), n)
 
     def _logaddexp(self, n: Node, a: Node) -> None:
+        pieces = _mixture_terms(self.b, n, a)
+        if pieces is not None:  # a = c exp(n): the slope of each part is c exp of it, a piece of a
+            for x, piece in zip(n.args, pieces):
+                self.give(x, piece, n)
+            return
         for x in n.args:
             self.give(x, self.b.mul(a, self.b.exp(self.b.sub(x, n))), n)
 
@@ -301,6 +308,61 @@ class Adjoint:
         top = b.where(b.compare("==", x, n), b.const(1.0), b.const(0.0))
         ties = b.couple("sum_b", top, Axis.CONST, Info.PROMPT)
         self.give(x, b.div(b.mul(a, top), ties), x)
+
+
+def _mixture_terms(b: Builder, n: Node, a: Node) -> tuple[Node, Node] | None:
+    """Where a is c · exp(n) for n = log(k₁p₁ + k₂p₂), its two summands in the order of n's arguments.
+
+    So it is in every expectation under a mixture of its own logarithm (Jensen-Shannon): the
+    gradient through log m is then a multiple of p alone.
+    """
+    terms = _summands(a)
+    if len(terms) != 2:
+        return None
+    factors = [_factors(t) for _, t in terms]
+    found: list[Node] = []
+    shares = []
+    for x in n.args:
+        part = b.exp(x.args[0]) if x.op == "add" and x.args[1].q.axis < Axis.VOCAB else b.exp(x)
+        k = b.exp(x.args[1]) if part is not b.exp(x) else b.const(1.0)
+        hits = [i for i, (_, powers) in enumerate(factors) if powers.get(part.id) == 1]
+        if len(hits) != 1:
+            return None
+        sign, term = terms[hits[0]]
+        size, powers = factors[hits[0]]
+        kept = Counter(powers)
+        kept[part.id] -= 1
+        below, inner = _factors(k)
+        kept.subtract(inner)
+        shares.append((sign * size / below, {i: p for i, p in kept.items() if p}))
+        found.append(term if sign > 0 else b.neg(term))
+    (c, left), (d, right) = shares
+    same = left == right and abs(c - d) <= 1e-12 * abs(c)
+    return (found[0], found[1]) if same and found[0] is not found[1] else None
+
+
+def _summands(a: Node, sign: float = 1.0) -> list[tuple[float, Node]]:
+    if a.op == "neg":
+        return _summands(a.args[0], -sign)
+    if a.op in ("add", "sub"):
+        second = sign if a.op == "add" else -sign
+        return _summands(a.args[0], sign) + _summands(a.args[1], second)
+    return [(sign, a)]
+
+
+def _factors(n: Node) -> tuple[float, Counter[int]]:
+    """A product as its number and the powers of its other factors, by node id."""
+    if n.op == "const":
+        return float(n.value or 0.0) or 1e-300, Counter()
+    if n.op == "neg":
+        c, powers = _factors(n.args[0])
+        return -c, powers
+    if n.op in ("mul", "div"):
+        (c, left), (d, right) = (_factors(x) for x in n.args)
+        powers = Counter(left)
+        powers.update(right) if n.op == "mul" else powers.subtract(right)
+        return (c * d if n.op == "mul" else c / d), powers
+    return 1.0, Counter({n.id: 1})
 
 
 TAIL_FLOOR = -13.815510557964274  # log 1e-6: fp32 sums of probabilities are exact to about 1e-7
