@@ -382,15 +382,9 @@ class Fused(Writer):
         found = [self.adjoint(c) for c in self.staged.cotangents]
         for other in found[1:]:
             self.lines.append(Line("{0}.add_({1})", (found[0], other)))
-        pairs = [("term", self.staged.terms), ("gate", self.staged.gates)]
-        extras = ", ".join(
-            f"'{kind}_{i}': {self.names[n.id]}"
-            for kind, parts in pairs
-            for i, (_, n) in enumerate(parts)
-        )
         value = self.names[self.staged.total.id]
         dz = "{0}" if found else "None"
-        self.lines.append(Line(f"return {value}, {dz}, {{{{{extras}}}}}", tuple(found[:1])))
+        self.lines.append(Line(f"return {value}, {dz}, {{{{{self.extras()}}}}}", tuple(found[:1])))
 
     def adjoint(self, c: Cotangent) -> int:
         """∂L/∂z of one leaf, in the buffer of its exponentials."""

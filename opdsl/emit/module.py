@@ -495,14 +495,16 @@ class Writer:
             args = f"{number(c.temperature)}, {y}, [{sets}], {dense}"
             parts.append(f"softmax_adjoint(d['{_mangle(str(leaf.attr('dist')))}'], {args})")
         self.lines.append(f"dz = {' + '.join(parts) if parts else 'None'}")
-        terms = ", ".join(
-            f"'term_{i}': {self.names[n.id]}" for i, (_, n) in enumerate(staged.terms)
+        self.lines.append(f"return {self.names[staged.total.id]}, dz, {{{self.extras()}}}")
+
+    def extras(self) -> str:
+        """Loss of every term and every gate, as entries of a dict."""
+        pairs = [("term", self.staged.terms), ("gate", self.staged.gates)]
+        return ", ".join(
+            f"'{kind}_{i}': {self.names[n.id]}"
+            for kind, parts in pairs
+            for i, (_, n) in enumerate(parts)
         )
-        gates = ", ".join(
-            f"'gate_{i}': {self.names[n.id]}" for i, (_, n) in enumerate(staged.gates)
-        )
-        both = ", ".join(x for x in (terms, gates) if x)
-        self.lines.append(f"return {self.names[staged.total.id]}, dz, {{{both}}}")
 
 
 def comment_text(text: str, width: int = 84) -> str:

@@ -56,14 +56,8 @@ class Restricted(Writer):
                 if c.temperature != 1.0:
                     value = f"{value} / {number(c.temperature)}"
                 pieces.append(f"({dist}.asked({ids}[0]), {value})")
-        pairs = [("term", self.staged.terms), ("gate", self.staged.gates)]
-        extras = ", ".join(
-            f"'{kind}_{i}': {self.names[n.id]}"
-            for kind, parts in pairs
-            for i, (_, n) in enumerate(parts)
-        )
         value = self.names[self.staged.total.id]
-        self.lines.append(f"return {value}, [{', '.join(pieces)}], {{{extras}}}")
+        self.lines.append(f"return {value}, [{', '.join(pieces)}], {{{self.extras()}}}")
 
 
 def restricted(staged: Staged) -> str:

@@ -87,11 +87,6 @@ class LossModule(nn.Module):
         texts = [fused(s, st) for s in self.emitted.staged for st in s.stages if st.kind == "rows"]
         return load("\n\n\n".join(texts) + "\n")
 
-    @property
-    def needs_prepare(self) -> bool:
-        """Whether rows are coupled through statistics of the live student."""
-        return any(s.coupled for s in self.emitted.staged)
-
     # -- public ----------------------------------------------------------------------------
     def forward(self, batch: Batch, context: Context | None = None) -> LossResult:
         """Loss and metrics; with a context, this part's share of the whole batch's loss."""

@@ -229,18 +229,6 @@ class View:
             return "no divergence: the reward has one sign, whichever way the student errs", False
         return "no known divergence (not decided)", False
 
-    @property
-    def exact_signal(self) -> bool:
-        """A signal whose return-to-go is the gradient of its own mean (T2): the log-ratio, whose
-        score averages to zero, or one that does not move with the student."""
-        if self.shape is not None and self.shape.parts and set(self.shape.parts) <= {RKL}:
-            return True
-        signal = self.term.signal
-        return signal is not None and not any(
-            (n.op == "logp" and n.attr("dist") == "student") or n.attr("name") == "rollout_logp"
-            for n in nodes_below([signal])
-        )
-
     @cached_property
     def _signal(self) -> tuple[np.ndarray, np.ndarray] | None:
         """(signal, log π_T − log π) [S, Y] on random states."""
@@ -394,10 +382,3 @@ def _why_not(found: list[View], moving: bool) -> str:
     if "immediate" in kinds:
         return "immediate credit"
     return "frozen states" if moving else "frozen factors"
-
-
-def state_signal(term: Term) -> bool:
-    """An advantage that does not read the sampled token: E[∇ log π(y)] = 0."""
-    if term.route != "reward" or term.signal is None or term.advantage is None:
-        return False
-    return term.signal.q.info <= Info.STATE and term.advantage.q.info <= Info.STATE

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .head import Gradients, Head, accumulate_type, largest, no_autocast, row_chunks
-from .linear_rowwise import Dense, _check, _Deliver, _Source
+from .head import Gradients, Head, accumulate_type, largest, row_chunks
+from .linear_rowwise import Dense, Source, check_inputs, delivered
 
 Program = Callable[
     ["Gathered", dict[str, Tensor], dict[str, Tensor]],
@@ -82,28 +82,12 @@ def linear_restricted(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """As `linear_rowwise`, for programs that ask the student at ids: (total, values [N], extras)."""
     rows, others = dict(rows or {}), dict(others or {})
-    _check(hidden, head, rows, others, active)
-    grad = torch.is_grad_enabled()
-    needs = (
-        grad and hidden.requires_grad,
-        grad and head.weight.requires_grad,
-        grad and head.bias is not None and head.bias.requires_grad,
+    check_inputs(hidden, head, rows, others, active)
+    return delivered(
+        hidden,
+        head,
+        lambda into: _pass(hidden, head, program, rows, others, active, chunk, into),
     )
-    with torch.no_grad(), no_autocast(hidden.device):
-        gradients = Gradients.zeros(hidden, head, needs)
-        values, extras = _pass(hidden, head, program, rows, others, active, chunk, gradients)
-        total = values.sum(dtype=torch.float64).to(values.dtype)
-    if gradients.wanted:
-        total = _Deliver.apply(
-            hidden,
-            head.weight,
-            head.bias,
-            total,
-            gradients.hidden,
-            gradients.weight,
-            gradients.bias,
-        )
-    return total, values, extras
 
 
 def _pass(
@@ -124,7 +108,7 @@ def _pass(
         chunk = max(16, budget // (4 * _EXPECTED_K * hidden.shape[1]))
     chunks = row_chunks(len(kept), head.width, hidden.device, chunk) or [(0, 0)]
     tall = largest(chunks)
-    sources = {name: _Source(dense, tall, dtype) for name, dense in others.items()}
+    sources = {name: Source(dense, tall, dtype) for name, dense in others.items()}
     values = torch.zeros(N, dtype=dtype, device=hidden.device)
     extras: dict[str, Tensor] = {}
     for start, stop in chunks:

@@ -71,7 +71,20 @@ def linear_rowwise(
     model's vocabulary differs (state the common part with `Head.vocab`, or slice the logits).
     """
     rows, others = dict(rows or {}), dict(others or {})
-    _check(hidden, head, rows, others, active)
+    check_inputs(hidden, head, rows, others, active)
+    return delivered(
+        hidden,
+        head,
+        lambda into: _pass(
+            hidden, head, program, rows, others, active, tuple(gates), reads_student, chunk, into
+        ),
+    )
+
+
+def delivered(
+    hidden: Tensor, head: Head, run: Callable[[Gradients], tuple[Tensor, dict[str, Tensor]]]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(total, values [N], extras) of a sweep that fills gradients while it computes values."""
     grad = torch.is_grad_enabled()
     needs = (
         grad and hidden.requires_grad,
@@ -79,30 +92,13 @@ def linear_rowwise(
         grad and head.bias is not None and head.bias.requires_grad,
     )
     with torch.no_grad(), no_autocast(hidden.device):
-        gradients = Gradients.zeros(hidden, head, needs)
-        values, extras = _pass(
-            hidden,
-            head,
-            program,
-            rows,
-            others,
-            active,
-            tuple(gates),
-            reads_student,
-            chunk,
-            gradients,
-        )
+        into = Gradients.zeros(hidden, head, needs)
+        values, extras = run(into)
         wide = torch.float64 if values.device.type != "mps" else torch.float32
         total = values.sum(dtype=wide).to(values.dtype)
-    if gradients.wanted:
+    if into.wanted:
         total = _Deliver.apply(
-            hidden,
-            head.weight,
-            head.bias,
-            total,
-            gradients.hidden,
-            gradients.weight,
-            gradients.bias,
+            hidden, head.weight, head.bias, total, into.hidden, into.weight, into.bias
         )
     return total, values, extras
 
@@ -155,7 +151,7 @@ def _pass(
     chunks = row_chunks(count, head.width, hidden.device, chunk) or [(0, 0)]
     tall = largest(chunks)
     student = HeadTile(head, tall, hidden.dtype, adjoint=gradients.wanted)
-    sources = {name: _Source(dense, tall, student.dtype) for name, dense in others.items()}
+    sources = {name: Source(dense, tall, student.dtype) for name, dense in others.items()}
     values = torch.zeros(N, dtype=student.dtype, device=hidden.device)
     extras: dict[str, Tensor] = {}
     for start, stop in chunks:
@@ -217,7 +213,7 @@ def _some_products(
         into.hidden[rows] = dhidden_mH
 
 
-class _Source:
+class Source:
     """The logits of another model, chunk by chunk, in a float32 buffer of their own."""
 
     def __init__(self, dense: Dense, rows: int, dtype: torch.dtype) -> None:
@@ -240,7 +236,7 @@ class _Source:
         return self.tile.logits(self.tile.load(picked))
 
 
-def _check(
+def check_inputs(
     hidden: Tensor,
     head: Head,
     rows: dict[str, Tensor],
