@@ -41,6 +41,7 @@ from opdsl.emit.fused import fused
 from opdsl.emit.gating import KNOWN, all_gated, known_gates
 from opdsl.emit.kernels.linear_restricted import Gathered, linear_restricted
 from opdsl.emit.kernels.linear_rowwise import linear_rowwise
+from opdsl.emit.kernels.triton_launch import chosen
 from opdsl.emit.module import Emitted, check, function_name, key
 from opdsl.emit.restricted import is_restricted, restricted
 from opdsl.emit.routed import add_routed
@@ -199,7 +200,8 @@ class LossModule(nn.Module):
         """A row pass over tiles of logits: fn(d, r, like), in place where every entry is real."""
         if not finite_entries(batch, st):
             return self._function(staged, st)
-        fn = self.in_place[function_name(staged.rows, st)]
+        fn = chosen(staged, st, batch.tokens_N.device, dtype_of(batch))
+        fn = fn or self.in_place[function_name(staged.rows, st)]
         scratch = self.scratch
 
         def run(d, r, like):

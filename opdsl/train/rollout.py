@@ -2,8 +2,8 @@
 
 One key-value-cache loop of our own: inverse-CDF sampling (one uniform number per row and
 step, so a row's random numbers do not depend on the other rows), the log-probability under
-the distribution actually sampled from, finished rows dropped from the batch, and prompts that
-occur several times run through the model once.
+the distribution actually sampled from, finished rows dropped from the batch a quarter at a time,
+and prompts that occur several times run through the model once.
 
 It speaks the generic transformers interface only (`input_ids`, `position_ids`,
 `attention_mask`, `cache`, `use_cache`; before transformers 5.24 the cache is called
@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from opdsl.train.cache import make_room
+from opdsl.train.sampling import Sampler, blocked_head, inverse_cdf, sampling_logprobs
 
 
 @dataclass(frozen=True)
@@ -42,50 +45,6 @@ class Rollouts:
         """The responses as lists without padding."""
         tokens, lengths = self.tokens.tolist(), self.lengths.tolist()
         return [row[:n] for row, n in zip(tokens, lengths)]
-
-
-def sampling_logprobs(
-    logits_BV: torch.Tensor,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-) -> torch.Tensor:
-    """Log-probabilities [B, V] of the sampling distribution; -inf where truncated away.
-
-    Order as everywhere else: temperature, then top-k, then top-p over what is left. Nucleus
-    sampling keeps the smallest set of most probable tokens whose mass reaches `top_p`, at
-    least one. Ties at the k-th place are broken by the sort, so exactly k tokens stay.
-    """
-    logits_BV = logits_BV.float()
-    if temperature != 1.0:
-        logits_BV = logits_BV / temperature
-    V = logits_BV.shape[-1]
-    cut_k = top_k is not None and top_k < V
-    if cut_k or top_p < 1.0:
-        sorted_BK, order_BK = torch.topk(logits_BV, min(top_k, V) if cut_k else V, dim=-1)
-        if top_p < 1.0:
-            probs_BK = sorted_BK.softmax(-1)
-            before_BK = probs_BK.cumsum(-1) - probs_BK
-            outside_BK = before_BK >= top_p
-            outside_BK[:, 0] = False
-            sorted_BK = sorted_BK.masked_fill(outside_BK, -torch.inf)
-        logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(-1, order_BK, sorted_BK)
-    return logits_BV.log_softmax(-1)
-
-
-def inverse_cdf(logprobs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """Token ids [B]: the first v whose cumulated probability exceeds the uniform number.
-
-    The uniform number is scaled by the row's total, so that rounding in the cumulated sum can
-    neither favour nor reach past the last token; tokens of probability 0 are never returned.
-    """
-    cdf_BV = logprobs_BV.exp().cumsum(-1)
-    total_B1 = cdf_BV[:, -1:]
-    point_B1 = uniform_B.to(cdf_BV).unsqueeze(-1) * total_B1
-    # A product rounded up to the total would fall behind the last token.
-    point_B1 = torch.minimum(point_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    token_B = torch.searchsorted(cdf_BV, point_B1, right=True).squeeze(-1)
-    return token_B.clamp(max=cdf_BV.shape[-1] - 1)  # a row of NaN is found past the end
 
 
 def decode(
@@ -120,7 +79,7 @@ def decode(
     if was_training:
         model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), blocked_head(model, len(prompts), max_new_tokens):
             settings = (temperature, top_p, top_k, greedy)
             loop = _cached_loop if cache_name(model) else _hf_generate
             return loop(model, prompts, max_new_tokens, stops, pad, settings, generator, device)
@@ -192,6 +151,9 @@ def _left_pad(prompts, pad: int, device) -> tuple[torch.Tensor, torch.Tensor | N
     return ids_UP, torch.arange(longest, device=device) >= longest - lengths_U1
 
 
+PACK = 0.25  # share of ended rows from which it pays to copy the cache without them
+
+
 def _cached_loop(model, prompts, max_new, stops, pad, settings, generator, device) -> Rollouts:
     temperature, top_p, top_k, greedy = settings
     B = len(prompts)
@@ -228,24 +190,20 @@ def _cached_loop(model, prompts, max_new, stops, pad, settings, generator, devic
     # decoded one after the other from one generator get the numbers the whole batch would.
     uniform_BT = None if greedy else torch.rand((B, max_new), generator=generator).to(device)
 
+    make_room(cache, max_new)
+    sample = Sampler(temperature, top_p, top_k, greedy)
     for t in range(max_new):
-        if greedy:
-            logp_BV = logits_BV.float().log_softmax(-1)
-            token_B = logp_BV.argmax(-1)
-        else:
-            logp_BV = sampling_logprobs(logits_BV, temperature, top_p, top_k)
-            token_B = inverse_cdf(logp_BV, uniform_BT[alive, t])
-        tokens_BT[alive, t] = token_B
-        logprobs_BT[alive, t] = logp_BV.gather(-1, token_B.unsqueeze(-1)).squeeze(-1)
-        lengths_B[alive] += 1
-        ended_B = _is_any(token_B, stops)
-        finished_B[alive] = ended_B
-        if t + 1 == max_new:
+        token_B, logp_B = sample(logits_BV, None if uniform_BT is None else uniform_BT[alive, t])
+        open_B = ~finished_B[alive]
+        # rows that ended before are still computed until enough of them have: see PACK
+        tokens_BT[alive, t] = torch.where(open_B, token_B, pad)
+        logprobs_BT[alive, t] = torch.where(open_B, logp_B, 0.0)
+        lengths_B[alive] += open_B
+        finished_B[alive] |= _is_any(token_B, stops)
+        keep = (~finished_B[alive]).nonzero().squeeze(-1)
+        if t + 1 == max_new or len(keep) == 0:
             break
-        keep = (~ended_B).nonzero().squeeze(-1)
-        if len(keep) == 0:
-            break
-        if len(keep) < len(alive):
+        if len(keep) <= (1 - PACK) * len(alive):
             alive, token_B = alive[keep], token_B[keep]
             cache.batch_select_indices(keep)
             if mask_BL is not None:
@@ -315,3 +273,13 @@ def _hf_generate(model, prompts, max_new, stops, pad, settings, generator, devic
         logprobs_BT.masked_fill(~inside_BT, 0.0),
         finished_B,
     )
+
+
+__all__ = [
+    "NonFiniteLogits",
+    "Rollouts",
+    "cache_name",
+    "decode",
+    "inverse_cdf",
+    "sampling_logprobs",
+]

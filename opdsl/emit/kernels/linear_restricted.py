@@ -100,9 +100,12 @@ def _pass(
     chunk: int | None,
     gradients: Gradients,
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    from .triton_launch import gathered
+
     N = len(hidden)
     kept = torch.arange(N, device=hidden.device) if active is None else active.nonzero().squeeze(1)
     dtype = accumulate_type(hidden.dtype, head.weight.dtype)
+    reader = gathered(hidden.device, dtype)
     if chunk is None and not others:
         budget = _TILE_BYTES.get(hidden.device.type, _TILE_BYTES["cuda"])
         chunk = max(16, budget // (4 * _EXPECTED_K * hidden.shape[1]))
@@ -113,7 +116,7 @@ def _pass(
     extras: dict[str, Tensor] = {}
     for start, stop in chunks:
         where = slice(start, stop) if active is None else kept[start:stop]
-        student = Gathered(hidden[where], head, dtype)
+        student = reader(hidden[where], head, dtype)
         logits = {name: source.logits(where) for name, source in sources.items()}
         chunk_rows = {name: row[where] for name, row in rows.items()}
         value_n, pieces, found = program(student, logits, chunk_rows)
