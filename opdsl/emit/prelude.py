@@ -322,7 +322,7 @@ def where(test, yes, no, like):
         if not torch.is_tensor(other) or other.dim() == 0:
             return chosen
         chosen = torch.as_tensor(chosen, dtype=like, device=other.device)
-        return chosen.expand(torch.broadcast_shapes(chosen.shape, other.shape))
+        return chosen.expand(torch.broadcast_tensors(chosen, other)[0].shape)
     yes = torch.as_tensor(yes, dtype=like, device=test.device)
     no = torch.as_tensor(no, dtype=like, device=test.device)
     return torch.where(test, yes, no)

@@ -33,9 +33,12 @@ _EXPECTED_K = 64  # ids per row a chunk is sized for
 class Gathered:
     """Logits of one chunk at ids that are asked for, equal to the model's up to nothing at all."""
 
-    def __init__(self, hidden_nH: Tensor, head: Head, dtype: torch.dtype):
+    def __init__(
+        self, hidden_nH: Tensor, head: Head, dtype: torch.dtype, scratch: dict | None = None
+    ):
         self.hidden = hidden_nH.detach().to(dtype)
         self.head, self.dtype = head, dtype
+        self.scratch = {} if scratch is None else scratch  # memory for rows, kept across chunks
         self.slope: dict[int, Tensor] = {}
         self.rows: dict[int, Tensor] = {}
         self.ids: dict[int, Tensor] = {}
@@ -45,7 +48,7 @@ class Gathered:
         head, key = self.head, id(ids_nK)
         if key not in self.rows:
             self.ids[key] = ids_nK  # keeps it alive, so that its id stays its own
-            self.rows[key] = head.weight.detach()[ids_nK].to(self.dtype)
+            self.rows[key] = self._gather(ids_nK, len(self.rows))
         z_nK = torch.bmm(self.rows[key], self.hidden[:, :, None])[:, :, 0]
         if head.bias is not None:
             z_nK = z_nK + head.bias.detach()[ids_nK].to(self.dtype)
@@ -56,6 +59,18 @@ class Gathered:
             self.slope[key] *= 1 - t * t
             z_nK = head.soft_cap * t
         return z_nK
+
+    def _gather(self, ids_nK: Tensor, which: int) -> Tensor:
+        """Rows of the head [n, K, H], in memory that was touched before where there is some."""
+        weight, flat = self.head.weight.detach(), ids_nK.flatten()
+        shape = (len(flat), weight.shape[1])
+        have = self.scratch.get(which)
+        if have is None or len(have) < shape[0]:
+            have = self.scratch[which] = torch.empty(
+                shape, dtype=weight.dtype, device=weight.device
+            )
+        rows = torch.index_select(weight, 0, flat, out=have[: shape[0]])
+        return rows.view(*ids_nK.shape, -1).to(self.dtype)
 
     def products(self, ids_nK: Tensor, cotangent_nK: Tensor, into: Gradients, where: slice) -> None:
         """Pull a cotangent of `at(ids)` back into the accumulators."""
@@ -114,9 +129,11 @@ def _pass(
     sources = {name: Source(dense, tall, dtype) for name, dense in others.items()}
     values = torch.zeros(N, dtype=dtype, device=hidden.device)
     extras: dict[str, Tensor] = {}
+    scratch: dict[int, Tensor] = {}
     for start, stop in chunks:
         where = slice(start, stop) if active is None else kept[start:stop]
         student = reader(hidden[where], head, dtype)
+        student.scratch = scratch
         logits = {name: source.logits(where) for name, source in sources.items()}
         chunk_rows = {name: row[where] for name, row in rows.items()}
         value_n, pieces, found = program(student, logits, chunk_rows)
