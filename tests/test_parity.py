@@ -121,7 +121,7 @@ def test_float32(which: int | str) -> None:
 @pytest.mark.parametrize("which", [*range(0, GENERATED, 4), *SHIPPED])
 def test_hidden_states(which: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused route in chunks that do not divide the rows: value, d/dhidden, d/dhead."""
-    monkeypatch.setitem(head._CHUNK_RANGE, "cpu", (4, 4))
+    monkeypatch.setitem(head.CHUNK_RANGE, "cpu", (4, 4))
     c = case(which)
     inputs = batches.as_hidden(c.inputs)
     dense, _ = batches.logits(inputs)

@@ -23,6 +23,7 @@ from opdsl.cli import cli
 from opdsl.emit.batch import Batch
 from opdsl.emit.cost import Shapes, cost, machine
 from opdsl.emit.kernels import head
+from opdsl.emit.kernels.linear_restricted import linear_restricted
 from opdsl.emit.plan import describe, plans
 from opdsl.resources import methods, specs
 
@@ -101,7 +102,7 @@ def all_hidden(x: batches.Inputs) -> tuple[Batch, int]:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_tiles_bound_what_is_allocated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor with an entry per word is larger than a tile or the logits that were handed in."""
-    monkeypatch.setitem(head._CHUNK_RANGE, "cpu", (ROWS, ROWS))
+    monkeypatch.setitem(head.CHUNK_RANGE, "cpu", (ROWS, ROWS))
     method = opdsl.load(specs() / name)
     batch, rows = all_hidden(inputs_for(method))
     with Watch() as seen:
@@ -118,7 +119,7 @@ def test_tiles_bound_what_is_allocated(name: str, monkeypatch: pytest.MonkeyPatc
                                   "sampled_rtg", "topk_match", "minillm"])  # fmt: skip
 def test_units_are_counted_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One chunk: as many products with a head as the plan says, the teacher's own included."""
-    monkeypatch.setitem(head._CHUNK_RANGE, "cpu", (4096, 4096))
+    monkeypatch.setitem(head.CHUNK_RANGE, "cpu", (4096, 4096))
     method = opdsl.load(name)
     batch, _ = all_hidden(inputs_for(method))
     (plan,) = plans(method.compilation.emitted)
@@ -158,6 +159,22 @@ def test_closed_rows_are_exactly_zero(gate: str) -> None:
     moved = grad.abs().sum(-1) > 0
     kept = result.metrics["kept/main"]
     assert 0 < kept < 1 and int(moved.sum()) == round(kept * batch.layout.n_rows)
+
+
+def test_two_cotangents_at_one_list_of_ids() -> None:
+    """Of two temperatures, say: the rows of the head are used once."""
+    ids = torch.tensor([[0, 2], [1, 2]])
+    h = torch.randn(2, H, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(5, H, dtype=torch.float64, requires_grad=True)
+
+    def program(student, logits, rows):
+        z = student.at(ids)
+        return (z * z).sum(1), [(ids, z), (ids, z)], {}
+
+    total, _, _ = linear_restricted(h, opdsl.Head(w), program)
+    got = torch.autograd.grad(total, (h, w))
+    want = torch.autograd.grad(((h @ w.T).gather(1, ids) ** 2).sum(), (h, w))
+    assert all(torch.allclose(a, b) for a, b in zip(got, want))
 
 
 # ---- costs -----------------------------------------------------------------------------------------

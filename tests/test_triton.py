@@ -251,7 +251,7 @@ def test_whole_loss(which: int | str, interpreter: None, monkeypatch: pytest.Mon
         return lambda d, r, like: fn(d, r, like, self.scratch.like(d["student"].z))
 
     monkeypatch.setattr(runtime.LossModule, "_on_tiles", on_tiles)
-    monkeypatch.setitem(head._CHUNK_RANGE, "cpu", (4, 4))
+    monkeypatch.setitem(head.CHUNK_RANGE, "cpu", (4, 4))
     method, _ = method_of(which)
     inputs = batches.as_hidden(inputs_of(which, V=70 if isinstance(which, int) else 10))
     oracle = method.reference(batches.logits(inputs)[0])

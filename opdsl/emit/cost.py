@@ -10,11 +10,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from opdsl.emit.budget import CHUNK_RANGE, EXPECTED_K, GATHER_BYTES, TILE_BYTES
 from opdsl.emit.plan import Plan, Sweep
-
-TILE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # those of kernels/head.py
-CHUNK_RANGE = {"cpu": (16, 256), "cuda": (256, 4096)}
-GATHER_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of kernels/linear_restricted.py
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def cost(plan: Plan, at: Shapes, on: Machine, tile_bytes: int | None = None) -> 
     if plan.kind == "S0":
         tiles = 0
         listed = _others(plan.gradient, at)
-        chunk = chunk if listed else max(16, GATHER_BYTES[on.kind] // (4 * 64 * at.hidden))
+        chunk = chunk if listed else max(16, GATHER_BYTES[on.kind] // (4 * EXPECTED_K * at.hidden))
         chunk = min(chunk, at.rows)
         peak = 4 * chunk * (plan.ids * at.hidden + 2 * len(listed) * at.vocab)
     weight = (

@@ -19,7 +19,7 @@ from opdsl.emit.batch import (
     place,
 )
 from opdsl.emit.kernels.head import accumulate_type
-from opdsl.emit.module import _mangle, input_key, key
+from opdsl.emit.module import GATHERS, _mangle, input_key, key
 from opdsl.emit.routed import Chosen, resolve
 from opdsl.ir.stages import Stage, Staged
 from opdsl.meaning.quantity import Axis
@@ -42,9 +42,8 @@ def finite_entries(batch: Batch, st: Stage) -> bool:
     """Whether every distribution this pass reads entry by entry is one tensor of finite logits."""
     student = batch.dists["student"]
     assert isinstance(student, HiddenDist)
-    gathers = ("at_y", "at_set", "top", "top_p")
     for n in st.nodes:
-        if n.op == "logp" and any(u.op not in gathers for u in st.nodes if n in u.args):
+        if n.op == "logp" and any(u.op not in GATHERS for u in st.nodes if n in u.args):
             d = batch.dists[resolve(batch, str(n.attr("dist")))]
             if not isinstance(d, HiddenDist | DenseDist):
                 return False

@@ -83,6 +83,7 @@ def number(value: float) -> str:
     return repr(float(value))
 
 
+GATHERS = ("at_y", "at_set", "top", "top_p")  # what reads a distribution without all of its entries
 INLINE = frozenset(
     [
         "add",
@@ -293,10 +294,9 @@ class Writer:
         return f"{self.dist(n)}.full()"
 
     def _read_dense(self, leaf: Node) -> bool:
-        gathers = ("at_y", "at_set", "top", "top_p")
         users = [u for u in self.st.nodes if leaf in u.args]
         roots = [c.dense for c in self.staged.cotangents] if self.last else []
-        return any(u.op not in gathers for u in users) or leaf in roots
+        return any(u.op not in GATHERS for u in users) or leaf in roots
 
     def dist(self, leaf: Node) -> str:
         temperature = float(leaf.attr("temperature"))  # type: ignore[arg-type]

@@ -20,12 +20,10 @@ from dataclasses import dataclass
 
 from opdsl.emit.fused import fused
 from opdsl.emit.gating import all_gated, known_stage
-from opdsl.emit.module import Emitted
+from opdsl.emit.module import GATHERS, Emitted
 from opdsl.emit.restricted import is_restricted
 from opdsl.ir.stages import Stage, Staged
 from opdsl.meaning.node import COUPLING_OPS, Node
-
-GATHERS = ("at_y", "at_set", "top", "top_p")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opdsl.emit.module import Writer, _mangle, function_name, key, number
+from opdsl.emit.module import GATHERS, Writer, _mangle, function_name, key, number
 from opdsl.emit.triton_affine import Sums
 from opdsl.emit.triton_exact import Logarithms
 from opdsl.emit.triton_source import Body, Kernel, Leaf, Unsupported, leaf_of
@@ -30,7 +30,6 @@ from opdsl.meaning.node import SET_OPS, Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
 
 REDUCTIONS = ("sum_v", "max_v", "lse_v")
-GATHERS = ("at_y", "at_set", "top", "top_p")
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Bytes of one float32 tile [n, V]. The tile bounds memory; its row count bounds how often the
-# float32 weight gradient is read and written again, which costs about 7/n of the products on a
-# CPU and 245/n on a large GPU, hence the two sizes.
-_TILE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-_CHUNK_RANGE = {"cpu": (16, 256), "cuda": (256, 4096)}
+from opdsl.emit.budget import CHUNK_RANGE, TILE_BYTES
+
 _CAST_BYTES = 16 << 20
 
 
@@ -110,8 +107,8 @@ def row_chunks(
     Equal chunks, because a short last one still rereads the whole head and its gradient.
     """
     if chunk is None:
-        low, high = _CHUNK_RANGE.get(device.type, _CHUNK_RANGE["cuda"])
-        budget = _TILE_BYTES.get(device.type, _TILE_BYTES["cuda"])
+        low, high = CHUNK_RANGE.get(device.type, CHUNK_RANGE["cuda"])
+        budget = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
         chunk = max(low, min(high, budget // (4 * max(width, 1))))
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")

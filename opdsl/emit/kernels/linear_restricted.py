@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from opdsl.emit.budget import EXPECTED_K, GATHER_BYTES
+
 from .head import Gradients, Head, accumulate_type, largest, row_chunks
 from .linear_rowwise import Dense, Source, check_inputs, delivered
 
@@ -25,9 +27,6 @@ Program = Callable[
 """(student, logits of others, rows) -> (value [n], [(ids [n, K], cotangent [n, K])], extras).
 
 Cotangents are d(sum of values) / d(what `student.at(ids)` gave), and 0 at ids that do not count."""
-
-_TILE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-_EXPECTED_K = 64  # ids per row a chunk is sized for
 
 
 class Gathered:
@@ -122,8 +121,8 @@ def _pass(
     dtype = accumulate_type(hidden.dtype, head.weight.dtype)
     reader = gathered(hidden.device, dtype)
     if chunk is None and not others:
-        budget = _TILE_BYTES.get(hidden.device.type, _TILE_BYTES["cuda"])
-        chunk = max(16, budget // (4 * _EXPECTED_K * hidden.shape[1]))
+        budget = GATHER_BYTES.get(hidden.device.type, GATHER_BYTES["cuda"])
+        chunk = max(16, budget // (4 * EXPECTED_K * hidden.shape[1]))
     chunks = row_chunks(len(kept), head.width, hidden.device, chunk) or [(0, 0)]
     tall = largest(chunks)
     sources = {name: Source(dense, tall, dtype) for name, dense in others.items()}
@@ -143,6 +142,15 @@ def _pass(
                 extras[name] = extra.new_zeros((N, *extra.shape[1:]))
             extras[name][where] = extra
         if gradients.wanted:
-            for ids_nK, cotangent_nK in pieces:
+            for ids_nK, cotangent_nK in _by_ids(pieces):
                 student.products(ids_nK, cotangent_nK, gradients, where)  # type: ignore[arg-type]
     return values, extras
+
+
+def _by_ids(pieces: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """One cotangent for every list of ids: `Gathered.products` uses up the rows it gathered."""
+    merged: dict[int, tuple[Tensor, Tensor]] = {}
+    for ids_nK, cotangent_nK in pieces:
+        old = merged.get(id(ids_nK))
+        merged[id(ids_nK)] = (ids_nK, cotangent_nK if old is None else old[1] + cotangent_nK)
+    return list(merged.values())
