@@ -59,6 +59,33 @@ def test_classes(body: str) -> None:
     assert plan.label == CLASSES[body]
 
 
+HYBRID = """opd 1
+method probe {
+  state     rollouts(student, group = 2)
+  teacher   T = external(access = logits)
+  teacher   S = external(access = sampled)
+  term dense { support full    feedback loss KL(student || T)  gate H(student) > 0.5 nats }
+  term score { support sampled feedback reward logratio(%s) credit return_to_go }
+  aggregate mean(over = tokens)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ratio", "label", "units", "others"),
+    [
+        ("S, rollout", "D1, coupled, cheap", 3.0, ["S", "T"]),
+        ("S, student", "D1, coupled", 4.0, ["S", "T"]),
+    ],
+)
+def test_an_earlier_pass_computes_what_couples_rows(
+    ratio: str, label: str, units: float, others: list[str]
+) -> None:
+    """The dense term's value and gate wait for the last pass, whose logits they need anyway."""
+    (plan,) = plans(opdsl.compile(HYBRID % ratio).compilation.emitted)
+    assert (plan.label, plan.units(), sorted(plan.others)) == (label, units, others)
+
+
 # ---- what the passes are seen to do --------------------------------------------------------------
 
 N, H, V, ROWS = 48, 5, 397, 8

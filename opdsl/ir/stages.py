@@ -8,6 +8,7 @@ The last pass yields the loss of every row and its logit cotangent.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from opdsl.ir.derive import Cotangent, strip, without_multiples
@@ -63,7 +64,7 @@ def levels(roots: list[Node]) -> dict[int, int]:
         below = max((out[a.id] for a in n.args), default=FREE)
         if n.op in COUPLING_OPS:  # of inputs alone: level -1, before the first row pass
             out[n.id] = below if below % 2 == 1 else below + 1
-        elif n.q.axis is Axis.VOCAB or n.op in SET_OPS or _reads_entries(n):
+        elif _entries(n) or _reads_entries(n):
             base = max(below, 0)
             out[n.id] = base if base % 2 == 0 else base + 1
         else:
@@ -95,13 +96,14 @@ def stage(program: Program, part: Part) -> Staged:
     level = levels(outputs)
     top = max([level[n.id] for n in outputs] + [0])
     final = top if top % 2 == 0 else top + 1
+    late = _late(outputs, level, final)
     wanted: dict[int, list[Node]] = {final: outputs}
     stages: list[Stage] = []
     for k in range(final, FREE, -1):
         roots = wanted.get(k, [])
         if not roots and k != final:
             continue
-        nodes, imports = _needed(roots, level, k, _sinking(outputs) if k == final else set())
+        nodes, imports = _needed(roots, level, k, late if k == final else set())
         for n in imports:
             wanted.setdefault(level[n.id], []).append(n)
         exports = () if k == final else tuple(_unique(roots))
@@ -114,27 +116,41 @@ def _unique(nodes: list[Node]) -> list[Node]:
     return list({n.id: n for n in nodes}.values())
 
 
-def _sinking(outputs: list[Node]) -> set[int]:
-    """What the last pass computes itself, although an earlier one could: arithmetic on log π(y).
+def _late(outputs: list[Node], level: dict[int, int], final: int) -> set[int]:
+    """What the last pass computes itself, although an earlier one could.
 
-    The student's logits are at hand there. Imported, log π(y) would take a scoring pass of its own
-    wherever only its product with a return is asked for.
+    An earlier row pass exists for the batch passes that couple rows; whatever else it computed
+    would cost a product with every head it needs. So a number of a row is imported only where rows
+    are coupled through it, or where the earlier pass has logits at hand that the last one lacks.
     """
-    found: set[int] = set()
-    for n in nodes_below(outputs):
-        if n.op == "at_y" and n.args[0].op == "logp":
-            sinks = n.args[0].attr("dist") == "student"
+    nodes = nodes_below(outputs)
+    coupled = {x.id for n in nodes if n.op in COUPLING_OPS for x in nodes_below([n])}
+    early = _models(n for n in nodes if n.id in coupled and 0 <= level[n.id] < final)
+    here = {"student"} | _models(_needed(outputs, level, final, set())[0])
+    late: set[int] = set()
+    below: dict[int, set[str]] = {}  # the models whose logits computing a node would take
+    for n in nodes:
+        below[n.id] = _models([n]).union(*(below[a.id] for a in n.args))
+        if n.id in coupled or not 0 <= level[n.id] < final:
+            below[n.id] = below[n.id] if _entries(n) else set()
+        elif _entries(n) or below[n.id] <= here or not below[n.id] <= early:
+            late.add(n.id)
         else:
-            sinks = not (n.op in COUPLING_OPS or _reads_entries(n)) and any(
-                a.id in found for a in n.args
-            )
-        if sinks:
-            found.add(n.id)
-    return found
+            below[n.id] = set()
+    return late
+
+
+def _models(nodes: Iterable[Node]) -> set[str]:
+    """The models whose logits are read."""
+    return {str(n.attr("dist")) for n in nodes if n.op == "logp"}
+
+
+def _entries(n: Node) -> bool:
+    return n.q.axis is Axis.VOCAB or n.op in SET_OPS
 
 
 def _needed(
-    roots: list[Node], level: dict[int, int], k: int, sinking: set[int]
+    roots: list[Node], level: dict[int, int], k: int, late: set[int]
 ) -> tuple[list[Node], list[Node]]:
     """(nodes to compute in stage k in order, nodes to import from earlier stages)."""
     nodes: list[Node] = []
@@ -150,8 +166,7 @@ def _needed(
             continue
         seen.add(n.id)
         home = level[n.id]
-        entries = n.q.axis is Axis.VOCAB or n.op in SET_OPS
-        if home not in (FREE, k) and not entries and n.id not in sinking:
+        if home not in (FREE, k) and not _entries(n) and n.id not in late:
             imports.append(n)
             continue
         stack.append((n, True))
