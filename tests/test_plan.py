@@ -159,6 +159,48 @@ def test_units_are_counted_products(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert seen.products.total() == plan.units() + teachers, (describe(plan), seen.products)
 
 
+RETURNS = """opd 1
+def whitened(r : nats per token) : nats per token "Whitened return to go"
+{ G[t] = r[t] + G[t + 1]
+  return (G - mean(G)) / (std(G) + 0.0001) }
+method probe {
+  state rollouts(student, group = 2)  teacher T = external(access = sampled)
+  support sampled  feedback reward logratio(T, student)  credit whitened
+  aggregate mean(over = tokens)
+}
+"""
+
+
+@pytest.mark.parametrize("name", [RETURNS, "gae_residual", "reopold_a", "oppo"],
+                         ids=lambda n: n.split()[0])  # fmt: skip
+def test_coupled_credit_before_a_frozen_head(name: str) -> None:
+    """Two products instead of four, split or whole; the gradient is that of a trained head."""
+    method = opdsl.compile(name) if "\n" in name else opdsl.load(name)
+    x = batches.as_hidden(inputs_for(method))
+
+    def made(dtype: torch.dtype, frozen: bool):
+        batch, (h, w) = batches.hidden(x, dtype)
+        w.requires_grad_(not frozen)
+        return batch, h
+
+    batch, h = made(torch.float64, frozen=False)
+    (want,) = torch.autograd.grad(method.loss(batch).loss, h)
+    batch, h = made(torch.float64, frozen=True)
+    with Watch() as seen:
+        result = method.loss(batch)
+        (got,) = torch.autograd.grad(result.loss, h)
+    (plan,) = plans(method.compilation.emitted)
+    others = sum(n in ("T", "initial") for n in plan.others)
+    assert plan.units(frozen_head=True) == 2.0
+    assert seen.products.total() == 2 + others
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+    batch, h = made(torch.float64, frozen=True)
+    parts = batch.split(3)
+    contexts = method.loss.prepare(parts)
+    sum(method.loss(part, c).loss for part, c in zip(parts, contexts)).backward()
+    torch.testing.assert_close(h.grad, want, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", ["cr_opd", "gkd", "gkd_reverse", "topk_match", "topk_bin_forward",
                                   "entropy_aware", "gae_opd", "abkd", "f_distill_tv"])  # fmt: skip
 def test_spread_400_through_a_head(name: str) -> None:

@@ -8,7 +8,6 @@ on a GPU. The measure is always the plain pass in float64 and the oracle.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -20,10 +19,9 @@ from functools import cache
 import pytest
 import torch
 from support import TOLERANCE, batches, generate, relative, tiles
-from support.tiles import Tile
+from support.tiles import HAVE, Tile
 
 import opdsl
-from opdsl.emit import feed, runtime
 from opdsl.emit.kernels import head, triton_launch
 from opdsl.emit.kernels.triton_launch import check_pass
 from opdsl.emit.triton_rows import Generated
@@ -35,7 +33,6 @@ from opdsl.resources import methods, specs
 GENERATED = 50
 SHIPPED = sorted(str(p.relative_to(specs())) for p in methods())
 CASES = [*range(GENERATED), *SHIPPED]
-HAVE = importlib.util.find_spec("triton") is not None
 V = 150  # three blocks, the last one in part
 
 
@@ -144,44 +141,12 @@ def test_other_kernels_are_refused(text: str) -> None:
         check_kernel(text)
 
 
-def test_the_reason_is_told_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton_launch, "_told", set())
-    staged = method_of("gkd.opd")[0].loss.emitted.staged[0]
-    monkeypatch.setattr(triton_launch, "version", lambda: None)
-    fine, reason = triton_launch.available("cuda")
-    assert not fine and "not installed" in reason
-    for _ in range(2):
-        found = triton_launch.chosen(staged, staged.last, torch.device("cuda"), torch.float32)
-        assert found is None
-    assert capsys.readouterr().err.count("not installed") == 1
-    monkeypatch.setattr(triton_launch, "version", lambda: (3, 5))
-    assert "older" in triton_launch.available("cuda")[1]
-    monkeypatch.setattr(triton_launch, "version", lambda: (3, 6))
-    assert triton_launch.available("cuda") == (True, "")
-    assert not triton_launch.available("cpu")[0]
-    assert triton_launch.chosen(staged, staged.last, torch.device("cpu"), torch.float32) is None
-    assert triton_launch.compiled(staged, staged.last) is not None
-    assert "no Triton" not in capsys.readouterr().err
-
-
 # ---- numbers, in the interpreter -------------------------------------------------------------------
 
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter, or a skip with the reason."""
-    if not HAVE:
-        pytest.skip("triton is not installed")
-    if "triton" in sys.modules and not os.environ.get("OPDSL_TEST_INTERPRETED"):
-        pytest.skip("triton was imported before its interpreter was switched on")
-    os.environ["OPDSL_TEST_INTERPRETED"] = "1"
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton  # noqa: F401
-
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    tiles.interpret(monkeypatch)
 
 
 def on_an_edge(tile: Tile, inputs: batches.Inputs, nudge: float = 1e-6) -> bool:
@@ -242,15 +207,6 @@ def test_on_a_gpu(which: int | str) -> None:
 )
 def test_whole_loss(which: int | str, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """From hidden states, in chunks and micro-batches: value, d/dhidden and d/dhead."""
-
-    def on_tiles(self, staged, st, batch):
-        fn = triton_launch.compiled(staged, st)
-        assert fn is not None
-        if not feed.finite_entries(batch, st):
-            return self._function(staged, st)
-        return lambda d, r, like: fn(d, r, like, self.scratch.like(d["student"].z))
-
-    monkeypatch.setattr(runtime.LossModule, "_on_tiles", on_tiles)
     monkeypatch.setitem(head.CHUNK_RANGE, "cpu", (4, 4))
     method, _ = method_of(which)
     inputs = batches.as_hidden(inputs_of(which, V=70 if isinstance(which, int) else 10))
@@ -355,92 +311,27 @@ def test_no_rows(interpreter: None) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("k", [0, 1, 7, 64])
-def test_scores(kind: torch.dtype, k: int, interpreter: None, monkeypatch) -> None:
-    from opdsl.emit.kernels import triton_score
-
-    monkeypatch.setattr(triton_score, "BLOCK", 64)
-    g = torch.Generator().manual_seed(k)
-    z = (8 * torch.randn(5, 301, generator=g)).to(kind)
-    ids = torch.randint(0, 301, (5, 6), generator=g)
-    found = triton_score.score(z, ids, k, temperature=1.5)
-    logp = torch.log_softmax(z.double() / 1.5, -1)
-    assert relative(found.lse, torch.logsumexp(z.double() / 1.5, -1)) <= 1e-6
-    assert relative(found.entropy, -(logp.exp() * logp).sum(-1)) <= 1e-5
-    assert relative(found.logp, logp.gather(1, ids)) <= 1e-6
-    if k:
-        assert found.top_ids is not None
-        best = logp.topk(k).values
-        assert relative(found.top_logp, best) <= 1e-6
-        assert relative(logp.gather(1, found.top_ids), best) <= 1e-12
-        assert all(len(set(row.tolist())) == k for row in found.top_ids)
-
-
-@pytest.mark.triton
-def test_scores_with_log_zero(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words without probability, a whole block of them first."""
-    from opdsl.emit.kernels import triton_score
-
-    monkeypatch.setattr(triton_score, "BLOCK", 16)
-    z = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    z[:, :20] = -torch.inf
-    ids = torch.tensor([[0, 30]] * 3)
-    found = triton_score.score(z, ids, 4)
-    p = torch.distributions.Categorical(logits=z[:, 20:].double())
-    assert relative(found.entropy, p.entropy()) <= 1e-6
-    assert bool((found.logp[:, 0] == -torch.inf).all())
-    assert relative(found.logp[:, 1], p.logits[:, 10]) <= 1e-6
-    assert relative(found.top_logp, p.logits.topk(4).values) <= 1e-6
-
-
-@pytest.mark.triton
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_restricted_products(kind: torch.dtype, interpreter: None) -> None:
-    """Logits at ids and both adjoints; one id asked for by every row, one never."""
-    from opdsl.emit.kernels import triton_restricted as r
-
-    g = torch.Generator().manual_seed(0)
-    h, w = torch.randn(9, 70, generator=g).to(kind), torch.randn(40, 70, generator=g).to(kind)
-    ids = torch.randint(0, 39, (9, 19), generator=g)
-    ids[:, 0] = 7
-    c = torch.randn(9, 19, generator=g)
-    hd, wd, cd = h.double(), w.double(), c.double()
-    z = torch.einsum("nkh,nh->nk", wd[ids], hd)
-    assert relative(r.gather_product(h, w, ids), z) <= 1e-6
-    assert relative(r.pull_hidden(ids, c, w), torch.einsum("nkh,nk->nh", wd[ids], cd)) <= 1e-6
-    outer = (cd[:, :, None] * hd[:, None]).flatten(0, 1)
-    want = torch.ones(40, 70, dtype=torch.float64).index_add_(0, ids.flatten(), outer)
-    into = torch.ones(40, 70)
-    r.pull_weight(ids, c, h, into)
-    assert relative(into, want) <= 1e-6
-
-
-@pytest.mark.triton
-def test_restricted_loss(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plan class S0 with kernels for its products."""
-    from opdsl.emit.kernels import linear_restricted
-    from opdsl.emit.kernels.triton_restricted import GatheredByKernel
-
-    monkeypatch.setattr(linear_restricted, "Gathered", GatheredByKernel)
-    m = method_of("topk_match.opd")[0]
-    inputs = batches.as_hidden(inputs_of("topk_match.opd", V=40))
-    oracle = m.reference(batches.logits(inputs)[0])
-    batch, leaves = batches.hidden(inputs, torch.float32)
-    loss = m.loss(batch).loss
-    got_h, got_w = torch.autograd.grad(loss, leaves)
-    want_w = torch.einsum("btv,bth->vh", oracle.grad_logits, inputs.hidden_BTH)
-    assert relative(loss.detach(), oracle.loss) <= 1e-5
-    assert relative(got_h, oracle.grad_logits @ inputs.weight_VH) <= 1e-5
-    assert relative(got_w, want_w) <= 1e-5
-
-
-@pytest.mark.triton
 def test_compiles_for_a_gpu() -> None:
     """The real compiler, target H100, in a process without the interpreter; no GPU is needed."""
     if not HAVE:
         pytest.skip("triton is not installed")
+    run_ptx("main()")
+
+
+@pytest.mark.triton
+def test_launches_bind_and_are_compiled_once() -> None:
+    """Triton's own launcher in front of a driver that only writes down what it is asked.
+
+    The same kernel for any number of rows, any K and any offset of the numbers of a row: a variant
+    is compiled for the first K = 1 and for multiples of 16, and that is all.
+    """
+    run_ptx("launches()")
+
+
+def run_ptx(call: str) -> None:
+    if not HAVE:
+        pytest.skip("triton is not installed")
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET",)}
-    code = "import sys; sys.path.insert(0, 'tests'); from support.ptx import main; main()"
+    code = f"import sys; sys.path.insert(0, 'tests'); from support.ptx import *; {call}"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

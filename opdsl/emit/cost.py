@@ -141,8 +141,9 @@ def cost(plan: Plan, at: Shapes, on: Machine, tile_bytes: int | None = None) -> 
     low, high = CHUNK_RANGE[on.kind]
     chunk = min(max(low, min(high, (tile_bytes or TILE_BYTES[on.kind]) // (4 * at.vocab))), at.rows)
     tiles = _tiles(plan.gradient, at)
-    first = 4 * chunk * at.vocab * max([0, *(_tiles(s, at) for s in plan.statistics)])
-    peak = 4 * chunk * at.vocab * tiles
+    unit = plan.unit and at.frozen_head
+    first = 4 * chunk * at.vocab * max([0, *(_tiles(s, at) + unit for s in plan.statistics)])
+    peak = 0 if unit else 4 * chunk * at.vocab * tiles
     if plan.kind == "S0":
         tiles = 0
         listed = _others(plan.gradient, at)
@@ -171,6 +172,9 @@ def _seconds(s: Sweep, plan: Plan, at: Shapes, on: Machine, backward: bool) -> f
     before = at.kept if plan.gated == "known" and backward else 1.0
     after = at.kept if plan.gated and backward else 1.0
     U = 2.0 * at.rows * at.vocab
+    if plan.unit and at.frozen_head and backward:  # in the scoring pass, see `emit/unit.py`
+        work = 3 * on.element["move"] + on.element["exp"] + on.element["sum"]
+        return U * at.hidden / on.to_hidden + at.rows * at.vocab * work
     total = before * sum(U * at.width(n) / on.forward for n in _others(s, at))
     if plan.kind == "S0" and backward:
         rows = 3 * 4 * at.rows * plan.ids * at.hidden / on.gather

@@ -22,6 +22,7 @@ from opdsl.emit.fused import fused
 from opdsl.emit.gating import all_gated, known_stage
 from opdsl.emit.module import GATHERS, Emitted
 from opdsl.emit.restricted import is_restricted
+from opdsl.emit.unit import unit_stage
 from opdsl.ir.stages import Stage, Staged
 from opdsl.meaning.node import COUPLING_OPS, Node
 
@@ -53,6 +54,7 @@ class Plan:
     ids: int  # K, the most ids of a set; 0: none
     statistics: tuple[Sweep, ...]
     gradient: Sweep
+    unit: bool = False  # a frozen head takes the gradient from the scoring pass
 
     @property
     def label(self) -> str:
@@ -61,6 +63,8 @@ class Plan:
 
     def units(self, frozen_head: bool = False) -> float:
         """Products with the student's head, in U."""
+        if self.unit and frozen_head:
+            return 1.0 + sum("student" in s.reads for s in self.statistics)
         first = float(sum("student" in s.reads for s in self.statistics))
         return first if self.kind == "S0" else first + (2.0 if frozen_head else 3.0)
 
@@ -94,6 +98,7 @@ def _plan(staged: Staged) -> Plan:
         max((_width(n) for st in staged.stages for n in st.nodes), default=0),
         tuple(_sweep(staged, st) for st in first),
         gradient,
+        unit_stage(staged) is not None,
     )
 
 

@@ -39,12 +39,14 @@ from opdsl.emit.feed import (
 )
 from opdsl.emit.fused import fused
 from opdsl.emit.gating import KNOWN, all_gated, known_gates
+from opdsl.emit.kernels.head import takes_low
 from opdsl.emit.kernels.linear_restricted import Gathered, linear_restricted
 from opdsl.emit.kernels.linear_rowwise import linear_rowwise
-from opdsl.emit.kernels.triton_launch import chosen
+from opdsl.emit.kernels.triton_launch import chosen, tell, usable
 from opdsl.emit.module import Emitted, check, function_name, key
 from opdsl.emit.restricted import is_restricted, restricted
 from opdsl.emit.routed import add_routed
+from opdsl.emit.unit import unit_stage, weighed
 from opdsl.ir.program import Program
 from opdsl.ir.stages import Stage, Staged
 from opdsl.meaning.quantity import Axis
@@ -121,7 +123,8 @@ class LossModule(nn.Module):
                 for st in staged.stages[:-1]:
                     if st.kind == "rows":
                         for store, (_, r) in zip(stores, present):
-                            store.update(self._score(staged, st, r, store))
+                            unit = st is unit_stage(staged) and learns_hidden_alone(r)
+                            store.update(self._score(staged, st, r, store, unit))
                     else:
                         self._couple(staged, st, [r for _, r in present], stores)
                 for store, (i, _) in zip(stores, present):
@@ -197,20 +200,33 @@ class LossModule(nn.Module):
         return torch.stack([expanded(x, batch) != 0 for x in found.values()]).any(0)
 
     def _on_tiles(self, staged: Staged, st: Stage, batch: Batch):
-        """A row pass over tiles of logits: fn(d, r, like), in place where every entry is real."""
+        """A row pass over tiles of logits: fn(d, r, like), in place where every entry is real.
+
+        Kernels write the cotangent as bfloat16 where the products backward read it so.
+        """
+        student, device = batch.dists["student"], batch.tokens_N.device
+        assert isinstance(student, HiddenDist)
         if not finite_entries(batch, st):
+            if usable(device, dtype_of(batch)):
+                tell("a batch has words of probability 0, or teachers that differ by row")
             return self._function(staged, st)
-        fn = chosen(staged, st, batch.tokens_N.device, dtype_of(batch))
-        fn = fn or self.in_place[function_name(staged.rows, st)]
-        scratch = self.scratch
+        kernels = chosen(staged, st, device, dtype_of(batch))
+        fn = kernels or self.in_place[function_name(staged.rows, st)]
+        low = st is staged.last and takes_low(student.hidden_NH.dtype, student.head)
 
         def run(d, r, like):
-            return fn(d, r, like, scratch.like(d["student"].z))  # type: ignore[operator]
+            z_nV = d["student"].z
+            w = self.scratch.like(z_nV)
+            if kernels is not None and low:
+                return kernels(d, r, like, w, torch.empty_like(z_nV, dtype=torch.bfloat16))
+            return fn(d, r, like, w)  # type: ignore[operator]
 
         return run
 
-    def _score(self, staged: Staged, st: Stage, batch: Batch, store: Numbers) -> Numbers:
-        """A row pass that only measures."""
+    def _score(
+        self, staged: Staged, st: Stage, batch: Batch, store: Numbers, unit: bool = False
+    ) -> Numbers:
+        """A row pass that only measures; with `unit` it gives log π(y) and its gradient too."""
         fn = self._function(staged, st)
         inputs = row_inputs(batch, st, store)
         if not is_hidden(batch):
@@ -223,16 +239,51 @@ class LossModule(nn.Module):
         def program(logits: dict[str, Tensor], rows: dict[str, Tensor]):
             d = dists_of(logits, rows, batch, st)
             like = logits["student"].dtype
+            slope = {}, None
+            if unit:
+                slope = unit_cotangent(d["student"], self.scratch.like(logits["student"])(0))
             found = fn(d, {**numbers, **rows}, like)  # type: ignore[operator]
             size = rows["y"].numel()
             out = {k: tensor_of(v, like, rows["y"].device).expand(size) for k, v in found.items()}
             if not reads:  # its tile holds whatever was there
                 d.pop("student")
-            return rows["y"].new_zeros(size, dtype=torch.float32), None, {**out, **sound(d)}
+            zero_n = rows["y"].new_zeros(size, dtype=torch.float32)
+            return zero_n, slope[1], {**slope[0], **out, **sound(d)}
 
         reads = any(n.op == "logp" and n.attr("dist") == "student" for n in st.nodes)
-        _, _, extras = self._sweep(batch, st, program, inputs, reads_student=reads)
-        return refuse_broken(extras, batch)
+        if not unit:
+            _, _, extras = self._sweep(batch, st, program, inputs, reads_student=reads)
+            return refuse_broken(extras, batch)
+        with torch.enable_grad():
+            hidden = batch.dists["student"].hidden_NH.detach().requires_grad_()  # type: ignore[union-attr]
+            total, _, extras = self._sweep(batch, st, program, inputs, hidden=hidden)
+            (slope_NH,) = torch.autograd.grad(total, hidden)
+        return {**refuse_broken(extras, batch), UNIT: slope_NH}
+
+    @cached_property
+    def by_weight(self) -> dict[str, object]:
+        """The last passes that need no logits where the head is frozen."""
+        texts = [weighed(s) for s in self.emitted.staged if unit_stage(s) is not None]
+        return load("\n\n\n".join(texts) + "\n")
+
+    def _weighed(
+        self, staged: Staged, batch: Batch, inputs: Numbers, numbers: dict[str, object]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The last pass from unit gradients: every row's times its weight."""
+        student = batch.dists["student"]
+        fn = self.by_weight[function_name(staged.rows, staged.last)]
+        assert isinstance(student, HiddenDist)
+        known = prelude.Sparse(None, None, numbers[LOGP_Y], inputs["y"])
+        with torch.no_grad():
+            value, weight, extras = fn(  # type: ignore[operator]
+                {"student": known}, {**numbers, **inputs}, dtype_of(batch)
+            )
+            total = overflow(expanded(value, batch)).sum(dtype=torch.float64).to(dtype_of(batch))
+            weight_N1 = expanded(weight, batch)[:, None]
+            # a row without weight has no gradient, whatever its hidden state holds
+            slope_NH = torch.where(weight_N1 == 0, 0.0, weight_N1 * numbers[UNIT])
+        total = _WithGradient.apply(student.hidden_NH, total, slope_NH)
+        return total, metrics_of(staged, {k: expanded(v, batch) for k, v in extras.items()}, batch)
 
     def _last(
         self, staged: Staged, batch: Batch, store: Mapping[str, Tensor]
@@ -241,6 +292,8 @@ class LossModule(nn.Module):
         fn = self._function(staged, st)
         inputs = row_inputs(batch, st, store)
         numbers = scalars(batch, store, st)
+        if UNIT in store and learns_hidden_alone(batch):
+            return self._weighed(staged, batch, inputs, {**numbers, **store})
         if is_hidden(batch) and function_name(staged.rows, st) in self.by_ids:
             return self._asked(staged, batch, inputs, numbers)
         if is_hidden(batch):
@@ -311,13 +364,14 @@ class LossModule(nn.Module):
         active: Tensor | None = None,
         gates: Sequence[str] = (),
         reads_student: bool = True,
+        hidden: Tensor | None = None,
     ):
         """`linear_rowwise` with every distribution this pass reads."""
         student = batch.dists["student"]
         assert isinstance(student, HiddenDist)
         others, rows = sources(batch, st)
         return linear_rowwise(
-            student.hidden_NH,
+            student.hidden_NH if hidden is None else hidden,
             student.head,
             program,
             rows={**inputs, **rows},
@@ -328,8 +382,26 @@ class LossModule(nn.Module):
         )
 
 
+UNIT, LOGP_Y = "unit gradient", "log π(y)"  # of one part of the batch, from its scoring pass
+
+
+def learns_hidden_alone(batch: Batch) -> bool:
+    """Hidden states in front of a frozen head, with a gradient wanted."""
+    d = batch.dists["student"]
+    if not isinstance(d, HiddenDist) or not d.hidden_NH.requires_grad:
+        return False
+    return not any(x is not None and x.requires_grad for x in (d.head.weight, d.head.bias))
+
+
+def unit_cotangent(student: prelude.Dense, out_nV: Tensor) -> tuple[Numbers, Tensor]:
+    """log π(y) [n] and its slope e_y − π [n, V], in a buffer."""
+    total = student.measure(out_nV)
+    prelude.adjoint_into(out_nV, total, student.y, 1.0, 1.0, [], 0.0)
+    return {LOGP_Y: student.at_y()}, out_nV
+
+
 class Scratch:
-    """Buffers shaped like a tile, kept across chunks and steps."""
+    """Buffers shaped like a tile, kept across chunks and steps where fresh memory is slow."""
 
     def __init__(self) -> None:
         self.buffers: dict[int, Tensor] = {}
@@ -338,6 +410,8 @@ class Scratch:
         """w(i) -> the i-th buffer [n, V]; grows to the tallest tile."""
 
         def w(i: int) -> Tensor:
+            if tile_nV.device.type != "cpu":  # its allocator reuses; the trunk wants the memory
+                return torch.empty_like(tile_nV)
             have = self.buffers.get(i)
             same = have is not None and (have.shape[1], have.dtype, have.device) == (
                 tile_nV.shape[1],

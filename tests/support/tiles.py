@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +20,21 @@ from opdsl.emit.triton_rows import generate
 from opdsl.ir.stages import Stage, Staged
 from opdsl.method import Method
 from support import relative
+
+HAVE = importlib.util.find_spec("triton") is not None
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switches Triton's interpreter on, or skips with the reason."""
+    if not HAVE:
+        pytest.skip("triton is not installed")
+    if "triton" in sys.modules and not os.environ.get("OPDSL_TEST_INTERPRETED"):
+        pytest.skip("triton was imported before its interpreter was switched on")
+    os.environ["OPDSL_TEST_INTERPRETED"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton  # noqa: F401
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @dataclass(frozen=True)
@@ -154,4 +173,4 @@ def closed(tile: Tile, want: Result) -> Tensor | None:
     return (torch.stack(gates) == 0).all(0)
 
 
-__all__ = ["Result", "Tile", "closed", "error", "tiles"]
+__all__ = ["HAVE", "Result", "Tile", "closed", "error", "interpret", "tiles"]

@@ -26,6 +26,7 @@ from torch import Tensor
 from opdsl.emit.budget import CHUNK_RANGE, TILE_BYTES
 
 _CAST_BYTES = 16 << 20
+MIXED = ("cuda",)  # devices with a product of half-precision matrices that gives float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,35 @@ def accumulate_type(hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
     return torch.float64 if hidden == weight == torch.float64 else torch.float32
 
 
+def mixes(hidden_type: torch.dtype, weight: Tensor) -> bool:
+    """Whether hidden states and weight are multiplied as they are, into float32."""
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    return half and hidden_type == weight.dtype and weight.device.type in MIXED
+
+
+def takes_low(hidden_type: torch.dtype, head: Head) -> bool:
+    """Whether the products backward read the cotangent as bfloat16, so that it may be written so.
+
+    float16 cotangents underflow: no loss scale has been applied this early. The slope of a soft
+    cap multiplies the cotangent before it is rounded.
+    """
+    low = head.weight.dtype == torch.bfloat16 and head.soft_cap is None
+    return low and mixes(hidden_type, head.weight)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0) -> None:
+    """out = alpha a b: half-precision factors, sums in float32."""
+    if alpha == 1.0:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=0, alpha=alpha, out=out)
+
+
+def add_product(into: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """into += alpha a b: half-precision factors, sums in float32."""
+    torch.addmm(into, a, b, out_dtype=torch.float32, alpha=alpha, out=into)
+
+
 def no_autocast(device: torch.device) -> torch.autocast:
     """A context in which autocast does not round the inputs of a product."""
     return torch.autocast(device.type, enabled=False)
@@ -149,7 +179,7 @@ class HeadTile:
     """The buffers of one head for chunks of at most `rows` rows, and its three products.
 
     temperature   the logits are divided by it (after the soft cap), at no extra pass
-    adjoint       keep what `products` needs: the slope of the soft cap, a low-precision copy
+    adjoint       keep what `products` needs: the slope of the soft cap
     buffer        memory to use for the logits instead of allocating
 
     Call under no_grad and `no_autocast`. A tile holds one chunk: `load`, `logits`, `products`.
@@ -191,18 +221,8 @@ class HeadTile:
         self._slope = torch.empty_like(buffer[:rows]) if capped and adjoint else None
         self._one = torch.ones((), dtype=self.dtype, device=device)
 
-        half = self.weight.dtype in (torch.bfloat16, torch.float16)
-        self._mixed = (  # low-precision operands, float32 result, in one product
-            half
-            and self.weight.is_cuda
-            and hidden_type == self.weight.dtype
-            and self.dtype == torch.float32
-        )
-        # float16 cotangents underflow: no loss scale has been applied this early.
-        self._mixed_back = self._mixed and self.weight.dtype == torch.bfloat16
-        self._low = None
-        if adjoint and self._mixed_back:
-            self._low = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        self._mixed = self.dtype == torch.float32 and mixes(hidden_type, self.weight)
+        self._low: Tensor | None = None  # memory for a rounded cotangent
         self._cast: Tensor | None = None
 
     def load(self, hidden_nH: Tensor) -> Tensor:
@@ -217,9 +237,7 @@ class HeadTile:
         if n == 0:
             return z_nV
         if self._mixed:
-            torch.mm(hidden_nH, self.weight.T, out_dtype=torch.float32, out=z_nV)
-            if self._inner != 1.0:
-                z_nV.mul_(self._inner)
+            product(hidden_nH, self.weight.T, z_nV, self._inner)
         else:
             for columns, block in self._blocks():
                 z_nV[:, columns].addmm_(hidden_nH, block.T, beta=0, alpha=self._inner)
@@ -243,32 +261,36 @@ class HeadTile:
         """Pull d total / d logits back: write `dhidden_nH`, add to `dweight_RH` and `dbias_R`.
 
         `hidden_nH` is what `load` returned for the chunk whose logits were computed last. The
-        cotangent is read only.
+        cotangent is read only; where `takes_low` it may be bfloat16.
         """
         n, V = cotangent_nV.shape
         if n == 0:
             return
-        cotangent_nV = cotangent_nV.to(self.dtype)
         if self._slope is not None:
             cotangent_nV = torch.mul(cotangent_nV, self._slope[:n], out=self._slope[:n])
         if dbias_R is not None:
-            dbias_R[:V].add_(cotangent_nV.sum(0), alpha=self.gain)
-        if self._low is not None:
-            low_nV = self._low[:n].copy_(cotangent_nV)
+            dbias_R[:V].add_(cotangent_nV.sum(0, dtype=self.dtype), alpha=self.gain)
+        if self._mixed and self.weight.dtype == torch.bfloat16:
+            low_nV = self._rounded(cotangent_nV)
             if dhidden_nH is not None:
-                torch.mm(low_nV, self.weight, out_dtype=torch.float32, out=dhidden_nH)
-                dhidden_nH.mul_(self.gain)
+                product(low_nV, self.weight, dhidden_nH, self.gain)
             if dweight_RH is not None:
-                rows = dweight_RH[:V]
-                torch.addmm(
-                    rows, low_nV.T, hidden_nH, out_dtype=torch.float32, alpha=self.gain, out=rows
-                )
+                add_product(dweight_RH[:V], low_nV.T, hidden_nH, self.gain)
             return
+        cotangent_nV = cotangent_nV.to(self.dtype)
         if dhidden_nH is not None:
             for i, (columns, block) in enumerate(self._blocks()):
                 dhidden_nH.addmm_(cotangent_nV[:, columns], block, beta=min(i, 1), alpha=self.gain)
         if dweight_RH is not None:
             dweight_RH[:V].addmm_(cotangent_nV.T, hidden_nH.to(self.dtype), alpha=self.gain)
+
+    def _rounded(self, cotangent_nV: Tensor) -> Tensor:
+        """The cotangent as bfloat16: a program's own, or a copy."""
+        if cotangent_nV.dtype == torch.bfloat16:
+            return cotangent_nV
+        if self._low is None:
+            self._low = torch.empty_like(self.buffer, dtype=torch.bfloat16)
+        return self._low[: len(cotangent_nV)].copy_(cotangent_nV)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Vocabulary slices of the weight in the accumulation type: one, unless it must be upcast.

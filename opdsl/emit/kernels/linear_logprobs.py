@@ -115,6 +115,8 @@ def _read(
     chunk: int | None,
 ) -> _Read:
     """The forward pass: every statistic of a tile before the next one is computed."""
+    from .triton_launch import scorer
+
     N = len(hidden)
     chunks = row_chunks(N, head.width, hidden.device, chunk)
     with no_autocast(hidden.device):
@@ -131,9 +133,16 @@ def _read(
             top_ids=None if k is None else new(N, k, dtype=torch.int64),
             top_logp=None if k is None else new(N, k),
         )
+        score = scorer(hidden.device, tile.dtype, k)
         for start, stop in chunks:
             rows = slice(start, stop)
             s_nV = tile.logits(tile.load(hidden[rows]))
+            if score is not None:
+                found = score(s_nV, None if ids is None else ids[rows], k or 0)
+                for name, whole in out._asdict().items():
+                    if whole is not None:
+                        whole[rows] = getattr(found, name)
+                continue
             max_n = torch.amax(s_nV, dim=1, out=out.max[rows])
             entropy_n = None if out.entropy is None else out.entropy[rows]
             out.logsum[rows] = _exponentials(s_nV, max_n, entropy_n)

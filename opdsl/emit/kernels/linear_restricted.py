@@ -42,6 +42,12 @@ class Gathered:
         self.rows: dict[int, Tensor] = {}
         self.ids: dict[int, Tensor] = {}
 
+    @staticmethod
+    def at_once(hidden: Tensor) -> int:
+        """Rows per chunk where nothing else says: the gathered rows in budget."""
+        budget = GATHER_BYTES.get(hidden.device.type, GATHER_BYTES["cuda"])
+        return max(16, budget // (4 * EXPECTED_K * hidden.shape[1]))
+
     def at(self, ids_nK: Tensor) -> Tensor:
         """soft_cap · tanh(scale · (w[ids] · h + b) / soft_cap) [n, K]."""
         head, key = self.head, id(ids_nK)
@@ -121,8 +127,7 @@ def _pass(
     dtype = accumulate_type(hidden.dtype, head.weight.dtype)
     reader = gathered(hidden.device, dtype)
     if chunk is None and not others:
-        budget = GATHER_BYTES.get(hidden.device.type, GATHER_BYTES["cuda"])
-        chunk = max(16, budget // (4 * EXPECTED_K * hidden.shape[1]))
+        chunk = reader.at_once(hidden)
     chunks = row_chunks(len(kept), head.width, hidden.device, chunk) or [(0, 0)]
     tall = largest(chunks)
     sources = {name: Source(dense, tall, dtype) for name, dense in others.items()}

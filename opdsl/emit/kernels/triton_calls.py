@@ -48,9 +48,10 @@ def scored(dist: object, temperature: float) -> None:
 
 
 def mask(s: tuple[Tensor, Tensor], n: int, v: int) -> Tensor:
-    """Whether a word lies in a set, [n, V] of bytes."""
+    """Whether a word lies in a set, [n, V] of bytes; rows start where 16 bytes can be read."""
     ids, valid = s
-    out = torch.zeros(n, v + 1, dtype=torch.uint8, device=ids.device)
+    width = -(-(v + 1) // 16) * 16
+    out = torch.zeros(n, width, dtype=torch.uint8, device=ids.device)
     return out.scatter_(1, torch.where(valid, ids, v), 1)[:, :v]
 
 

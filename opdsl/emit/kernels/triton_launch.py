@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import os
 import sys
 from functools import cache
 from importlib.abc import InspectLoader
@@ -23,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from opdsl.emit import prelude
+from opdsl.emit import prelude, triton_available
 from opdsl.emit.kernels.triton_calls import learn, mask, mass, pieces, scored
 from opdsl.emit.module import _ALLOWED, _ROOTS
 from opdsl.emit.triton_rows import Generated, generate
@@ -32,45 +31,39 @@ from opdsl.ir.stages import Stage, Staged
 
 BLOCK = 4096  # words of a row in flight; larger blocks spill
 EXACT = {"enable_fp_fusion": False}  # a value is the same in every kernel that computes it
-NEEDS = (3, 6)  # the oldest Triton whose interpreter and launcher were tried
 
 # ---- whether kernels can run ---------------------------------------------------------------------
 
 
-def interpreted() -> bool:
-    """Whether Triton runs in its interpreter, on a CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def available(device: torch.device | str) -> tuple[bool, str]:
+    """(whether row kernels run on this device, the reason why not).
+
+    The first question about a GPU compiles and launches one kernel there: Triton needs a C
+    compiler and a driver that answer, and a run should not die of either.
+    """
+    found = triton_available.reason(device)
+    if not found and torch.device(device).type == "cuda" and not triton_available.interpreted():
+        found = refused(torch.device(device))
+    return not found, found
 
 
 @cache
-def version() -> tuple[int, ...] | None:
-    """Of the Triton that is installed; None without one."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as of
-
+def refused(device: torch.device) -> str:
+    """Why a first kernel fails on a GPU; "" where it gives the right number."""
     try:
-        text = of("triton")
-    except PackageNotFoundError:
-        return None
-    return tuple(int(x) for x in text.split("+")[0].split(".")[:2] if x.isdigit())
+        return trial(device)
+    except Exception as problem:  # whatever compiler, driver or assembler say
+        said = str(problem).strip().splitlines() or [""]
+        return f"a first kernel failed: {type(problem).__name__}: {said[0]}"[:200]
 
 
-def available(device: torch.device | str) -> tuple[bool, str]:
-    """(whether row kernels run on this device, the reason why not)."""
-    device = torch.device(device)
-    if os.environ.get("OPDSL_TRITON") == "0":
-        return False, "OPDSL_TRITON=0"
-    found = version()
-    if found is None:
-        return False, "triton is not installed (pip install 'triton>=3.6')"
-    if found < NEEDS:
-        wanted = ".".join(map(str, NEEDS))
-        return False, f"triton {'.'.join(map(str, found))} is older than {wanted}"
-    if interpreted():
-        return True, ""
-    if device.type != "cuda":
-        return False, f"rows are on {device.type}; row kernels need CUDA"
-    return True, ""
+def trial(device: torch.device) -> str:
+    """Runs one kernel; "" if its result is right."""
+    from opdsl.emit.kernels.triton_score import lse
+
+    z_nV = torch.arange(64.0, device=device).reshape(2, 32)
+    right = torch.allclose(lse(z_nV), torch.logsumexp(z_nV, 1))
+    return "" if right else "a first kernel gave a wrong number"
 
 
 _told: set[str] = set()
@@ -83,18 +76,23 @@ def tell(reason: str) -> None:
         print(f"opdsl: no Triton row kernels: {reason}", file=sys.stderr)
 
 
-def chosen(staged: Staged, st: Stage, device: torch.device, like: torch.dtype):
-    """The pass with kernels, or None: then the in-place torch pass runs (and the reason is told)."""
+def usable(device: torch.device, like: torch.dtype) -> bool:
+    """Whether kernels run here; where a GPU goes without, the reason is told."""
+    if like != torch.float32:  # float64 is for checks against an oracle
+        return False
     fine, reason = available(device)
-    if not fine:
-        if device.type == "cuda":
-            tell(reason)
-        return None
-    if like != torch.float32:
+    if not fine and device.type == "cuda":
+        tell(reason)
+    return fine
+
+
+def chosen(staged: Staged, st: Stage, device: torch.device, like: torch.dtype) -> RowPass | None:
+    """The pass with kernels, or None: then the in-place torch pass runs (and the reason is told)."""
+    if not usable(device, like):
         return None
     found = compiled(staged, st)
     if found is None:
-        tell("this method has a pass no kernel is generated for")
+        tell(triton_available.why_not(staged, st))
     return found
 
 
@@ -102,11 +100,20 @@ def gathered(device: torch.device, like: torch.dtype):
     """What reads the student at ids in plan class S0: by kernels, or `linear_restricted.Gathered`."""
     from opdsl.emit.kernels.linear_restricted import Gathered
 
-    if like != torch.float32 or not available(device)[0]:
+    if not usable(device, like):
         return Gathered
     from opdsl.emit.kernels.triton_restricted import GatheredByKernel
 
     return GatheredByKernel
+
+
+def scorer(device: torch.device, like: torch.dtype, k: int | None):
+    """What scores a tile in one read (`triton_score.score`), or None: torch does."""
+    if not usable(device, like):
+        return None
+    from opdsl.emit.kernels.triton_score import MOST, score
+
+    return score if (k or 0) <= MOST else None
 
 
 _compiled: dict[tuple[int, int], tuple[Stage, RowPass | None]] = {}
@@ -249,7 +256,8 @@ class Launcher:
         n = y.numel()
         found: list = []
         for t in tiles:
-            t = t if t.stride(-1) == 1 else t.contiguous()
+            if len(t) < n or (t.stride(-1) != 1 and t.shape[-1] > 1):  # a copy would lose writes
+                raise ValueError(f"a tile must be [{n}, V] in rows of one piece, got {t.stride()}")
             found += [t, t.stride(0)]
         return found + [number_of(x, n, y) for x in rows]
 
@@ -292,6 +300,6 @@ def number_of(x: object, n: int, y: Tensor) -> Tensor:
     if x is y:
         return y.contiguous()
     if not isinstance(x, Tensor):
-        return torch.full((n,), float(x), device=y.device)  # type: ignore[arg-type]
+        return torch.full((n,), float(x), dtype=torch.float32, device=y.device)  # type: ignore[arg-type]
     found = x.to(y.device, torch.float32)
     return found.expand(n).contiguous()

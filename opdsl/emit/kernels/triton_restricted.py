@@ -5,6 +5,7 @@ in a batch. Here nothing of that size is stored: each kernel reads the rows of t
 are. The gradient of the head goes by sorted ids: a program takes a run of entries, adds up what
 belongs to one id and adds it to memory when the id changes, so a word that every row asks for
 costs one atomic addition per run, not one per row. Imports Triton: see `triton_launch.available`.
+What is no row of the head has a logit of NaN and no adjoint.
 
 Shapes: n rows, K ids, H hidden, R rows of the head.
 """
@@ -25,11 +26,13 @@ WIDE = 1024  # hidden numbers in flight
 
 
 @triton.jit
-def _gather(hidden, weight, ids, out, K, H, hs, ws, IDS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row, k] = Σ_h weight[ids[row, k], h] hidden[row, h]"""
+def _gather(hidden, weight, ids, out, K, H, R, hs, ws, IDS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[row, k] = Σ_h weight[ids[row, k], h] hidden[row, h]; NaN for what is no word"""
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * IDS + tl.arange(0, IDS)
     word = tl.load(ids + row * K + k, mask=k < K, other=0)
+    known = (word >= 0) & (word < R)
+    word = tl.where(known, word, 0)
     total = tl.zeros([IDS], tl.float32)
     for start in range(0, H, BLOCK):
         h = start + tl.arange(0, BLOCK)
@@ -37,25 +40,26 @@ def _gather(hidden, weight, ids, out, K, H, hs, ws, IDS: tl.constexpr, BLOCK: tl
         at = word[:, None] * ws + h[None, :]
         w = tl.load(weight + at, mask=(k < K)[:, None] & (h < H)[None, :], other=0.0)
         total += tl.sum(w.to(tl.float32) * x[None, :], 1)
-    tl.store(out + row * K + k, total, mask=k < K)
+    tl.store(out + row * K + k, tl.where(known, total, float("nan")), mask=k < K)
 
 
 @triton.jit
-def _pull_hidden(g, weight, ids, out, K, H, ws, BLOCK: tl.constexpr):
+def _pull_hidden(g, weight, ids, out, K, H, R, ws, BLOCK: tl.constexpr):
     """out[row, h] = Σ_k g[row, k] weight[ids[row, k], h]"""
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(0, K):
         word = tl.load(ids + row * K + k)
-        w = tl.load(weight + word * ws + h, mask=h < H, other=0.0).to(tl.float32)
+        real = (h < H) & (word >= 0) & (word < R)
+        w = tl.load(weight + word * ws + h, mask=real, other=0.0).to(tl.float32)
         total += tl.load(g + row * K + k) * w
     tl.store(out + row * H + h, total, mask=h < H)
 
 
 @triton.jit
 def _pull_weight(
-    words, entries, g, hidden, into, count, K, H, hs, ws, RUN: tl.constexpr, BLOCK: tl.constexpr
+    words, entries, g, hidden, into, count, K, H, R, hs, ws, RUN: tl.constexpr, BLOCK: tl.constexpr
 ):
     """into[word, h] += Σ g hidden[row, h] over the entries of a run, sorted by word."""
     first = tl.program_id(0).to(tl.int64) * RUN
@@ -66,13 +70,15 @@ def _pull_weight(
         here = first + j < count
         following = tl.load(words + first + j, mask=here, other=word)
         if following != word:
-            tl.atomic_add(into + word * ws + h, total, mask=h < H)
+            real = (h < H) & (word >= 0) & (word < R)
+            tl.atomic_add(into + word * ws + h, total, mask=real)
             total = tl.zeros([BLOCK], tl.float32)
             word = following
         entry = tl.load(entries + first + j, mask=here, other=0)
         x = tl.load(hidden + (entry // K) * hs + h, mask=h < H, other=0.0).to(tl.float32)
         total += tl.load(g + entry, mask=here, other=0.0) * x
-    tl.atomic_add(into + word * ws + h, total, mask=h < H)
+    real = (h < H) & (word >= 0) & (word < R)
+    tl.atomic_add(into + word * ws + h, total, mask=real)
 
 
 def _width(H: int, most: int) -> int:
@@ -88,7 +94,7 @@ def gather_product(hidden_nH: Tensor, weight_RH: Tensor, ids_nK: Tensor) -> Tens
         at_once = min(16, triton.next_power_of_2(K))
         with on_device(out.device):
             _gather[(n, triton.cdiv(K, at_once))](
-                hidden, weight, ids, out, K, H, hidden.stride(0), weight.stride(0),
+                hidden, weight, ids, out, K, H, len(weight), hidden.stride(0), weight.stride(0),
                 IDS=at_once, BLOCK=_width(H, 256), num_warps=4,
             )  # fmt: skip
     return out
@@ -102,8 +108,8 @@ def pull_hidden(ids_nK: Tensor, g_nK: Tensor, weight_RH: Tensor) -> Tensor:
         g, weight, block = g_nK.float().contiguous(), rows_of(weight_RH), _width(H, WIDE)
         with on_device(out.device):
             _pull_hidden[(n, triton.cdiv(H, block))](
-                g, weight, ids_nK.contiguous(), out, K, H, weight.stride(0), BLOCK=block,
-                num_warps=4,
+                g, weight, ids_nK.contiguous(), out, K, H, len(weight), weight.stride(0),
+                BLOCK=block, num_warps=4,
             )  # fmt: skip
     return out
 
@@ -118,7 +124,7 @@ def pull_weight(ids_nK: Tensor, g_nK: Tensor, hidden_nH: Tensor, into_RH: Tensor
     with on_device(into_RH.device):
         _pull_weight[(triton.cdiv(len(words), RUN), triton.cdiv(H, block))](
             words, entries, g_nK.float().contiguous(), hidden, into_RH, len(words), K, H,
-            hidden.stride(0), into_RH.stride(0), RUN=RUN, BLOCK=block, num_warps=4,
+            len(into_RH), hidden.stride(0), into_RH.stride(0), RUN=RUN, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
@@ -130,6 +136,11 @@ def rows_of(x: Tensor) -> Tensor:
 
 class GatheredByKernel(Gathered):
     """`Gathered` without [n, K, H]: the same logits at ids, the same adjoint."""
+
+    @staticmethod
+    def at_once(hidden: Tensor) -> int:
+        """Numbers of [n, K] alone are held: few launches, and long runs of one id."""
+        return 1 << 16
 
     def __init__(self, hidden_nH: Tensor, head: Head, dtype: torch.dtype):
         if dtype != torch.float32:

@@ -95,16 +95,24 @@ def _score(
         for start in range(0, K, GIVEN):
             given = start + tl.arange(0, GIVEN)
             col = tl.load(ids + row * K + given, mask=given < K, other=0)
-            x = tl.load(z + row * stride + col, mask=given < K, other=0.0).to(tl.float32) * scale
+            known = (given < K) & (col >= 0) & (col < V)  # elsewhere the answer is NaN
+            x = tl.load(z + row * stride + col, mask=known, other=float("nan"))
+            x = x.to(tl.float32) * scale
             tl.store(logp + row * K + given, (x - m) - total, mask=given < K)
 
 
 def score(
     z_nV: Tensor, ids_nK: Tensor | None = None, k: int = 0, temperature: float = 1.0
 ) -> Scores:
-    """Scores of logits (float32, bfloat16 or float16; −inf is log 0) in one read; k at most 256."""
-    if k > min(MOST, z_nV.shape[1]):
+    """Scores of logits (float32, bfloat16 or float16; −inf is log 0) in one read; k at most 256.
+
+    A word outside the vocabulary scores NaN. Words of log 0 enter no list: where fewer than k are
+    left, the rest of the list is word 0 at −inf. Raises ValueError for other k or shapes of ids.
+    """
+    if not 0 <= k <= min(MOST, z_nV.shape[1]):
         raise ValueError(f"k = {k} of {z_nV.shape[1]} words; at most {MOST} in one read")
+    if ids_nK is not None and (ids_nK.dim() != 2 or len(ids_nK) != len(z_nV)):
+        raise ValueError(f"ids must be [{len(z_nV)}, K], got {tuple(ids_nK.shape)}")
     n, V = z_nV.shape
     z = z_nV if z_nV.stride(1) == 1 else z_nV.contiguous()
 
