@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from opdsl.emit.budget import CHUNK_RANGE, EXPECTED_K, GATHER_BYTES, TILE_BYTES
+from opdsl.emit.budget import CHUNK_RANGE, EXPECTED_K, GATHER_BYTES, TILE_BYTES, strip_rows
 from opdsl.emit.plan import Plan, Sweep
 
 
@@ -46,6 +46,7 @@ class Machine:
     to_weight: float
     element: dict[str, float]
     gather: float  # bytes/s of rows gathered and scattered
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def measured(hidden: int, vocab: int) -> Machine:
     element = {name: x / k for name, x in one.element.items()}
     name = f"this CPU, {threads} threads"
     return Machine("cpu", name, k * one.forward, k * one.to_hidden, k * one.to_weight, element,
-                   k * one.gather)  # fmt: skip
+                   k * one.gather, threads)  # fmt: skip
 
 
 def _one_thread(hidden: int, vocab: int) -> Machine:
@@ -142,8 +143,8 @@ def cost(plan: Plan, at: Shapes, on: Machine, tile_bytes: int | None = None) -> 
     chunk = min(max(low, min(high, (tile_bytes or TILE_BYTES[on.kind]) // (4 * at.vocab))), at.rows)
     tiles = _tiles(plan.gradient, at)
     unit = plan.unit and at.frozen_head
-    first = 4 * chunk * at.vocab * max([0, *(_tiles(s, at) + unit for s in plan.statistics)])
-    peak = 0 if unit else 4 * chunk * at.vocab * tiles
+    first = max([0, *(_held(s, at, on, chunk, unit) for s in plan.statistics)])
+    peak = 0 if unit else _held(plan.gradient, at, on, chunk)
     if plan.kind == "S0":
         tiles = 0
         listed = _others(plan.gradient, at)
@@ -161,6 +162,15 @@ def cost(plan: Plan, at: Shapes, on: Machine, tile_bytes: int | None = None) -> 
 
 def _others(s: Sweep, at: Shapes) -> list[str]:
     return [n for n in s.reads if n != "student" and n not in at.served]
+
+
+def _held(s: Sweep, at: Shapes, on: Machine, chunk: int, more: int = 0) -> int:
+    """Bytes of logits and scratch; scratch is as tall as what a row program sees at a time."""
+    logits = len(_others(s, at)) + ("student" in s.reads)
+    tall = chunk
+    if on.kind == "cpu":
+        tall = min(chunk, strip_rows(at.vocab, bool(_others(s, at)), on.threads))
+    return 4 * at.vocab * (chunk * logits + tall * (s.scratch + more))
 
 
 def _tiles(s: Sweep, at: Shapes) -> int:

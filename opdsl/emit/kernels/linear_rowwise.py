@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from opdsl.emit.budget import strip_rows
+
 from .head import Gradients, Head, HeadTile, largest, no_autocast, row_chunks
 
 Dense = Tensor | tuple[Tensor, Head]
@@ -161,7 +163,7 @@ def _pass(
         for name, source in sources.items():
             logits[name] = source.logits(where)
         chunk_rows = {name: row[where] for name, row in rows.items()}
-        value_n, cotangent_nV, chunk_extras = program(logits, chunk_rows)
+        value_n, cotangent_nV, chunk_extras = _in_strips(program, logits, chunk_rows)
         _check_result(value_n, cotangent_nV, stop - start, head.width)
         values[where] = value_n.to(values.dtype)
         for name, extra in chunk_extras.items():
@@ -182,6 +184,37 @@ def _pass(
         if gradients.hidden is not None and kept is not None:
             gradients.hidden[where] = dhidden_nH
     return values, extras
+
+
+def _in_strips(
+    program: Program, logits: dict[str, Tensor], rows: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor]]:
+    """The program of one tile, on a CPU a few rows at a time.
+
+    Products want tall tiles. The programs between them want short ones: their scratch is small
+    then and closer to the core. The cotangent ends in the tile of the student.
+    """
+    tile_nV = logits[STUDENT]
+    n, V = tile_nV.shape
+    tall = n
+    if tile_nV.device.type == "cpu":
+        tall = strip_rows(V, len(logits) > 1, torch.get_num_threads(), tile_nV.element_size())
+    if tall >= n:
+        return program(logits, rows)
+    pieces, moved = [], False
+    for start in range(0, n, tall):
+        strip = slice(start, start + tall)
+        piece = program(
+            {k: x[strip] for k, x in logits.items()}, {k: x[strip] for k, x in rows.items()}
+        )
+        slope_sV = piece[1]
+        if slope_sV is not None:
+            moved = True
+            if slope_sV.data_ptr() != tile_nV[strip].data_ptr():
+                tile_nV[strip] = slope_sV
+        pieces.append(piece)
+    extras = {k: torch.cat([p[2][k] for p in pieces]) for k in pieces[0][2]}
+    return torch.cat([p[0] for p in pieces]), tile_nV if moved else None, extras
 
 
 WORTH = 0.75  # share of open rows below which picking them is cheaper than multiplying zeros
