@@ -112,6 +112,7 @@ _ROWS: tuple[tuple[str, str, Severity, str | None], ...] = (
     ("OPD404", "model_not_found", E, None),
     ("OPD405", "teacher_route_gap", E, None),
     ("OPD406", "sampler_distribution", E, None),
+    ("OPD407", "teacher_unable", E, None),
     # 5xx bias boundaries
     ("OPD501", "immediate_credit", W, "R30"),
     ("OPD502", "not_a_divergence", W, "R21"),
@@ -163,6 +164,14 @@ _ROWS: tuple[tuple[str, str, Severity, str | None], ...] = (
     ("OPD709", "prompt_too_long", E, None),
     ("OPD710", "output_locked", E, None),
     ("OPD711", "unknown_spec", E, None),
+    ("OPD712", "verifier_unusable", E, None),
+    ("OPD720", "guard_stopped", E, None),
+    ("OPD721", "out_of_memory", E, None),
+    ("OPD730", "teacher_absent", E, None),
+    ("OPD731", "teacher_lost", E, None),
+    ("OPD732", "teacher_wrong", E, None),
+    ("OPD733", "stored_scores", E, None),
+    ("OPD740", "sink_missing", E, None),
     # 9xx faults of opdsl
     ("OPD900", "internal_error", E, None),
 )

@@ -118,6 +118,7 @@ class TeacherDecl:
     decay: float | None = None
     every: int = 1
     when: tuple[str, str] | None = None
+    span: object = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Spec:
     teachers: tuple = (TeacherDecl(),)
     routed: tuple = ()
     critics: tuple = ()
+    terms: tuple = ()
     optimize: dict = field(default_factory=dict)
     runs: dict = field(default_factory=dict)
     params: tuple = ()

@@ -17,6 +17,8 @@ COMMANDS = {
     "explain": "opdsl.cli.explain:explain",
     "run": "opdsl.cli.run:run",
     "compare": "opdsl.cli.compare:compare",
+    "serve": "opdsl.cli.serve:serve",
+    "score": "opdsl.cli.score:score",
     "diff": "opdsl.cli.diff:diff",
     "emit": "opdsl.cli.emit:emit",
     "list": "opdsl.cli.list:list_",

@@ -40,11 +40,23 @@ def report(compilation: Compilation, at: str, device: str, format_: str) -> str:
     shapes = Shapes(n, h, v, served=served, bytes=half)
     on = machine(device, h, v)
     rows = [(p, cost(p, shapes, on)) for p in plans(compilation.emitted)]
+    missing = [] if device == "cpu" else without_kernels(compilation)
     if format_ == "json":
         data = [{"plan": p.label, "units": p.units(), **asdict(p), **asdict(c)} for p, c in rows]
-        return json.dumps({"shape": [n, h, v], "device": on.name, "parts": data}, indent=2,
-                          default=list) + "\n"  # fmt: skip
-    return "\n".join(lines(spec.name, rows, shapes, on)) + "\n"
+        found = {"shape": [n, h, v], "device": on.name, "parts": data, "no_kernels": missing}
+        return json.dumps(found, indent=2, default=list) + "\n"
+    out = lines(spec.name, rows, shapes, on)
+    if device != "cpu":
+        how = f"torch, in place: {'; '.join(missing)}" if missing else "generated Triton kernels"
+        out.append(f"  row passes  {how}")
+    return "\n".join(out) + "\n"
+
+
+def without_kernels(compilation: Compilation) -> list[str]:
+    """Why row passes on a GPU would run without kernels, as this machine is set up."""
+    from opdsl.emit.triton_available import reasons
+
+    return reasons(compilation.emitted)
 
 
 def served_only(teacher: Any) -> bool:

@@ -24,7 +24,36 @@ from opdsl.diagnostics import CompileError
     metavar="[NAME=]MODEL",
     help="Teacher, likewise; with NAME= for one of several. Repeatable.",
 )
-@click.option("--data", metavar="FILE", help="Prompts: JSON lines with `prompt`, `reference`, …")
+@click.option(
+    "--teacher-failure",
+    metavar="WHAT",
+    help="When a served teacher does not answer: halt, pause, or drop_batch(N). [halt]",
+)
+@click.option(
+    "--teacher-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Time for the scores of one batch, retries included. [300]",
+)
+@click.option(
+    "--teacher-key-env",
+    metavar="VARIABLE",
+    help="Environment variable with the server's key. [OPDSL_TEACHER_KEY]",
+)
+@click.option(
+    "--offload-teacher", is_flag=True, help="Keep a teacher's weights in main memory between steps."
+)
+@click.option(
+    "--data",
+    metavar="DATA",
+    help="Prompts: .jsonl, .json, .csv or .parquet with `prompt`, `reference`, …; a folder or hub"
+    " name of a data set.",
+)
+@click.option(
+    "--columns",
+    metavar="NAME=COLUMN,…",
+    help="What the data's columns are, e.g. prompt=question,reference=answer.",
+)
 @click.option("--eval-data", metavar="FILE", help="Held-out prompts, in the same form.")
 @click.option("--task", metavar="NAME", help="Embedded task to train on (chain, fork, …).")
 @click.option("--run", "run_name", metavar="NAME", help="Which run block of the spec to use.")
@@ -41,6 +70,14 @@ from opdsl.diagnostics import CompileError
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of data and rollouts. [0]")
 @click.option("--out", metavar="DIR", help="Output folder. [runs/METHOD-DATA]")
 @click.option("--resume", is_flag=True, help="Continue the run in --out from its checkpoint.")
+@click.option(
+    "--allow-change",
+    multiple=True,
+    is_flag=False,
+    flag_value="all",
+    metavar="[NAME]",
+    help="With --resume: let a changed setting (lr, method, …) through; alone: all. Repeatable.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and check models and data; no run.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [cuda if there is one]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[bf16 on cuda]")
@@ -48,7 +85,37 @@ from opdsl.diagnostics import CompileError
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest response.")
 @click.option("--eval-every", type=click.IntRange(min=1), metavar="N", help="Steps between tests.")
 @click.option("--save-every", type=click.IntRange(min=1), metavar="N", help="… checkpoints.")
-@click.option("--verifier", metavar="NAME", help="exact, text or numeric. [by the reference]")
+@click.option(
+    "--keep",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Checkpoints to keep.",
+)
+@click.option(
+    "--guard",
+    "guards",
+    multiple=True,
+    metavar="NAME=LIMIT[:halt|warn|off]",
+    help="log_ratio, flat_teacher, length or idle: when to warn or stop. Repeatable.",
+)
+@click.option(
+    "--verifier",
+    metavar="NAME",
+    help="exact, text, numeric, math, regex[:PATTERN], jsonschema[:FILE] or command:PROGRAM."
+    " [numeric or text, by the reference]",
+)
+@click.option(
+    "--verifier-limits",
+    metavar="LIMITS",
+    help="Of a verifier's process: time=30,cpu=…,memory=4GB,output=4MB,files=100MB.",
+)
+@click.option(
+    "--curriculum",
+    metavar="RULE",
+    help="Which prompts to draw less: pass_rate=0.1..0.9,rest=8 (or rest=never).",
+)
 @click.option("--skip-bad-rows", is_flag=True, help="Leave bad rows of the data out.")
 @click.option(
     "--long-prompts",
@@ -63,6 +130,19 @@ from opdsl.diagnostics import CompileError
     default=0,
     metavar="N",
     help="Skip up to N steps with a non-finite number instead of stopping at the first.",
+)
+@click.option(
+    "--log",
+    "log",
+    multiple=True,
+    type=click.Choice(["tensorboard", "trackio", "wandb"]),
+    help="Send the figures of every step there too. Repeatable.",
+)
+@click.option(
+    "--measure-every",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Steps between full measurements; 0: none. [5, or 10 for large vocabularies]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def run(
@@ -98,6 +178,7 @@ def prepare(spec: str, assignments: tuple[str, ...], options: dict[str, Any]):
     from opdsl.cli.common import compiled
     from opdsl.method import Method
     from opdsl.train.settings import RunSettings, check_optimize
+    from opdsl.train.watch import parse_guard
 
     params, optimize = split_assignments(assignments)
     if options["lr"] is not None:
@@ -110,9 +191,16 @@ def prepare(spec: str, assignments: tuple[str, ...], options: dict[str, Any]):
         run=options["run_name"],
         student=options["student"],
         teachers=split_teachers(options["teachers"], external),
+        teacher_failure=options["teacher_failure"],
+        teacher_timeout=options["teacher_timeout"],
+        teacher_key_env=options["teacher_key_env"],
+        offload_teacher=options["offload_teacher"],
         data=options["data"],
         eval_data=options["eval_data"],
         verifier=options["verifier"],
+        verifier_limits=options["verifier_limits"],
+        columns=options["columns"],
+        curriculum=options["curriculum"],
         seed=options["seed"],
         steps=options["steps"],
         prompts=options["prompts"],
@@ -124,11 +212,38 @@ def prepare(spec: str, assignments: tuple[str, ...], options: dict[str, Any]):
         precision=options["precision"],
         optimize=optimize,
         resume=options["resume"],
+        allow_change=tuple(options["allow_change"]),
+        keep=options["keep"],
+        guards=dict(parse_guard(text) for text in options["guards"]),
         skip_nonfinite=options["skip_non_finite"],
         skip_bad_rows=options["skip_bad_rows"],
         long_prompts=options["long_prompts"],
+        log=options["log"],
+        measure_every=options["measure_every"],
+        words=command_line(spec),
     )
     return method, settings
+
+
+AGAIN_WITHOUT = ("resume", "allow_change", "out", "as_json", "dry_run")
+
+
+def command_line(spec: str) -> tuple[str, ...]:
+    """The words that repeat this run in another folder: the options that were given."""
+    context = click.get_current_context(silent=True)
+    if context is None or context.command.name != "run":
+        return ()
+    words = ["opdsl", "run", spec]
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if source is not click.core.ParameterSource.COMMANDLINE or not option.opts[0][:1] == "-":
+            continue
+        if option.name in AGAIN_WITHOUT:
+            continue
+        value = context.params[option.name]
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [option.opts[0]] if one is True else [option.opts[0], str(one)]
+    return tuple(words)
 
 
 def split_assignments(assignments: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:

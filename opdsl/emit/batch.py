@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from opdsl.emit.kernels.head import Head
+from opdsl.emit.kernels.parallel import same_split
 
 
 class BatchError(ValueError):
     """The batch does not hold what the method reads, or its shapes disagree."""
+
+
+ALONE = -(1 << 62)  # group ids from here down are of sequences for which no group was named
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Layout:
     """Which row belongs to which sequence; statistics of the whole batch are taken over it."""
 
     length_B: Tensor  # int64
-    group_B: Tensor  # int64
+    group_B: Tensor  # int64; ids up to ALONE: the sequence has no mates
     seq_N: Tensor  # int64: sequence of a row
     pos_N: Tensor  # int64: response position of a row, from 0
 
@@ -170,24 +174,28 @@ class Batch:
         prompt: Sequence[Mapping[str, object]] | None = None,
         golden: Batch | None = None,
     ) -> Batch:
-        """The fused route: hidden [B, T, H] and a head [V, H]; no [B, T, V] tensor is made."""
+        """The fused route: hidden [B, T, H] and a head [V, H]; no [B, T, V] tensor is made.
+
+        A head sharded over processes by words (`Head.shard`) wants those of the other models split
+        at the same words; their logits may be whole or this process's columns. A head that is a
+        DTensor (FSDP2) is gathered here, see `Head.gathered`.
+        """
         b_, t_, _ = _shape3(hidden, "hidden")
         plan = _Plan(tokens, mask, b_, t_)
         head = as_head(lm_head)
-        plan.check_tokens(head.width)
+        plan.check_tokens(head.words)
         dists: dict[str, Distribution] = {"student": HiddenDist(plan.rows(hidden), head)}
         heads = _named(teacher_head, "T") if teacher_head is not None else {}
         for name, x in _named(teacher_hidden, "T").items():
             if name not in heads:
                 raise BatchError(f"teacher_hidden[{name!r}] comes without teacher_head")
-            dists[name] = HiddenDist(plan.rows(x), as_head(heads[name]))
+            dists[name] = HiddenDist(plan.rows(x), _alike(as_head(heads[name]), head, name))
         for name, x in _named(teacher_logits, "T").items():
-            dists[name] = DenseDist(plan.rows(x))
+            dists[name] = DenseDist(plan.rows(_columns(x, head)))
         _sparse(dists, plan, teacher_topk_ids, teacher_topk_logprobs, teacher_logprobs)
         if initial_hidden is not None:
-            dists["initial"] = HiddenDist(
-                plan.rows(initial_hidden), head if initial_head is None else as_head(initial_head)
-            )
+            own = head if initial_head is None else as_head(initial_head)
+            dists["initial"] = HiddenDist(plan.rows(initial_hidden), _alike(own, head, "initial"))
         return plan.finish(
             cls, dists, rollout_logprobs, outcome, group, values, step, total_steps, special,
             prompt, golden, hidden,
@@ -249,13 +257,29 @@ def place(batch: Batch, row: int) -> str:
 
 
 def as_head(x: object) -> Head:
+    """A head, whole where a trainer keeps it in parts (`Head.gathered`)."""
     if isinstance(x, Head):
-        return x
+        return x.gathered()
     if isinstance(x, torch.nn.Linear):
-        return Head(x.weight, x.bias)
+        return Head(x.weight, x.bias).gathered()
     if isinstance(x, Tensor):
-        return Head(x)
+        return Head(x).gathered()
     raise BatchError(f"a head is a [V, H] tensor, a Linear or a Head, this is {type(x).__name__}")
+
+
+def _alike(other: Head, student: Head, name: str) -> Head:
+    """The head of another model, split over processes as the student's is."""
+    why = same_split(student, other)
+    if why:
+        raise BatchError(f"the head of {name!r} must be split at the words of the student's: {why}")
+    return other
+
+
+def _columns(logits_BTV: Tensor, head: Head) -> Tensor:
+    """The columns of this process, where the head is sharded and the logits are whole."""
+    if head.shard is None or logits_BTV.shape[-1] == head.width:
+        return logits_BTV
+    return logits_BTV[..., head.shard.words]
 
 
 def _named(x: object, default: str) -> dict:
@@ -376,7 +400,7 @@ class _Plan:
     ) -> Batch:
         kept = self.kept_B
         group_B = (
-            torch.arange(kept.numel(), device=kept.device)
+            ALONE - torch.arange(kept.numel(), device=kept.device)
             if group is None
             else self.seqs(group, "group")
         )

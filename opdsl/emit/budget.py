@@ -5,6 +5,9 @@ Without torch, so that a cost can be predicted before anything is loaded.
 
 from __future__ import annotations
 
+import math
+import re
+
 # Bytes of one float32 tile [n, V]. The tile bounds memory; its row count bounds how often the
 # float32 weight gradient is read and written again, which costs about 7/n of the products on a
 # CPU and 245/n on a large GPU, hence the two sizes.
@@ -22,3 +25,32 @@ STRIP_BYTES = {"dense": 4 << 20, "listed": 16 << 20}
 def strip_rows(vocab: int, dense: bool, threads: int = 1, size: int = 4) -> int:
     """Rows of `vocab` values of `size` bytes in a strip."""
     return max(1, STRIP_BYTES["dense" if dense else "listed"] * threads // (size * vocab))
+
+
+# ---- memory a user states ------------------------------------------------------------------------
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}  # fmt: skip
+
+
+class BudgetError(ValueError):
+    """A stated memory in which not even the fewest rows at a time fit."""
+
+
+def parse_bytes(text: str) -> int:
+    """`2GiB`, `1.5 GB`, `800MiB` or a number of bytes. Raises ValueError saying what is wanted."""
+    units = {name.lower(): size for name, size in UNITS.items()}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", text)
+    size = float(found[1]) * units.get(found[2].lower() or "b", 0) if found else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is no amount of memory: write 2GiB, 500MiB or bytes")
+    return int(size)
+
+
+def amount(size: int) -> str:
+    """Bytes in words: what `parse_bytes` reads, rounded up."""
+    if size >= 10 << 30:
+        return f"{math.ceil(size / 2**30 * 10) / 10:g} GiB"
+    if size >= 1 << 30:
+        return f"{math.ceil(size / 2**30 * 100) / 100:g} GiB"
+    return f"{max(1, math.ceil(size / 2**20))} MiB"

@@ -8,31 +8,10 @@ a second; for GPUs they are constants of the data sheets at the share that large
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from opdsl.emit.budget import CHUNK_RANGE, EXPECTED_K, GATHER_BYTES, TILE_BYTES, strip_rows
+from opdsl.emit.footprint import Place, Shapes, listed, peak, rows_within, usual
 from opdsl.emit.plan import Plan, Sweep
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """N rows of a micro-batch, H and V of the student, H of every other model by name.
-
-    A model in `served` gives lists or numbers, no logits: it costs nothing here. bytes is the size
-    of a weight; kept is the share of rows that gates leave open.
-    """
-
-    rows: int
-    hidden: int
-    vocab: int
-    others: dict[str, int] = field(default_factory=dict)
-    served: frozenset[str] = frozenset()
-    bytes: int = 4
-    frozen_head: bool = False
-    kept: float = 1.0
-
-    def width(self, model: str) -> int:
-        return self.others.get(model, self.hidden)
 
 
 @dataclass(frozen=True)
@@ -137,45 +116,31 @@ def _time(f, budget: float = 0.03) -> float:
     return best
 
 
-def cost(plan: Plan, at: Shapes, on: Machine, tile_bytes: int | None = None) -> Cost:
-    """The prediction for one plan; `tile_bytes` is another budget for one tile."""
-    low, high = CHUNK_RANGE[on.kind]
-    chunk = min(max(low, min(high, (tile_bytes or TILE_BYTES[on.kind]) // (4 * at.vocab))), at.rows)
-    tiles = _tiles(plan.gradient, at)
-    unit = plan.unit and at.frozen_head
-    first = max([0, *(_held(s, at, on, chunk, unit) for s in plan.statistics)])
-    peak = 0 if unit else _held(plan.gradient, at, on, chunk)
-    if plan.kind == "S0":
-        tiles = 0
-        listed = _others(plan.gradient, at)
-        chunk = chunk if listed else max(16, GATHER_BYTES[on.kind] // (4 * EXPECTED_K * at.hidden))
-        chunk = min(chunk, at.rows)
-        peak = 4 * chunk * (plan.ids * at.hidden + 2 * len(listed) * at.vocab)
-    weight = (
-        0 if at.frozen_head else at.vocab * at.hidden * (4 + (at.bytes if at.bytes != 4 else 0))
-    )
-    peak = max(first, peak + weight + 2 * 4 * at.rows * at.hidden)
+def cost(
+    plan: Plan,
+    at: Shapes,
+    on: Machine,
+    tile_bytes: int | None = None,
+    memory: int | None = None,
+) -> Cost:
+    """The prediction for one plan; `tile_bytes` is another budget for one tile, `memory` one for
+    the peak. Raises BudgetError where the memory is too little."""
+    place = Place(on.kind, on.threads)
+    if memory is None:
+        chunk = usual(plan, at, place, tile_bytes)
+    else:
+        chunk = rows_within([plan], at, place, memory)
+    tiles = 0 if plan.kind == "S0" else _tiles(plan.gradient, at)
+    weight = 0 if at.frozen_head else at.vocab * at.hidden
     seconds = sum(_seconds(s, plan, at, on, backward=False) for s in plan.statistics)
     seconds += _seconds(plan.gradient, plan, at, on, backward=True)
-    return Cost(chunk, int(peak), seconds + weight / 4 * on.element["move"], tiles)
-
-
-def _others(s: Sweep, at: Shapes) -> list[str]:
-    return [n for n in s.reads if n != "student" and n not in at.served]
-
-
-def _held(s: Sweep, at: Shapes, on: Machine, chunk: int, more: int = 0) -> int:
-    """Bytes of logits and scratch; scratch is as tall as what a row program sees at a time."""
-    logits = len(_others(s, at)) + ("student" in s.reads)
-    tall = chunk
-    if on.kind == "cpu":
-        tall = min(chunk, strip_rows(at.vocab, bool(_others(s, at)), on.threads))
-    return 4 * at.vocab * (chunk * logits + tall * (s.scratch + more))
+    moved = weight * (1 + (at.bytes / 4 if at.bytes != 4 else 0)) * on.element["move"]
+    return Cost(chunk, peak([plan], at, place, chunk), seconds + moved, tiles)
 
 
 def _tiles(s: Sweep, at: Shapes) -> int:
     """Logits of every model that gives them, and scratch."""
-    return len(_others(s, at)) + ("student" in s.reads) + s.scratch
+    return len(listed(s, at)) + ("student" in s.reads) + s.scratch
 
 
 def _seconds(s: Sweep, plan: Plan, at: Shapes, on: Machine, backward: bool) -> float:
@@ -185,10 +150,10 @@ def _seconds(s: Sweep, plan: Plan, at: Shapes, on: Machine, backward: bool) -> f
     if plan.unit and at.frozen_head and backward:  # in the scoring pass, see `emit/unit.py`
         work = 3 * on.element["move"] + on.element["exp"] + on.element["sum"]
         return U * at.hidden / on.to_hidden + at.rows * at.vocab * work
-    total = before * sum(U * at.width(n) / on.forward for n in _others(s, at))
+    total = before * sum(U * at.width(n) / on.forward for n in listed(s, at))
     if plan.kind == "S0" and backward:
         rows = 3 * 4 * at.rows * plan.ids * at.hidden / on.gather
-        lists = _sets(s, at, on) if _others(s, at) else 0.0
+        lists = _sets(s, at, on) if listed(s, at) else 0.0
         return total + before * (rows + lists)
     if "student" in s.reads:
         total += before * U * at.hidden / on.forward

@@ -21,6 +21,7 @@ from opdsl.emit.batch import (
 from opdsl.emit.kernels.head import accumulate_type
 from opdsl.emit.module import GATHERS, _mangle, input_key, key
 from opdsl.emit.routed import Chosen, resolve
+from opdsl.emit.sharded import Across
 from opdsl.ir.stages import Stage, Staged
 from opdsl.meaning.quantity import Axis
 
@@ -31,7 +32,11 @@ def zero(batch: Batch) -> Tensor:
     """0 that is still connected to the student."""
     d = batch.dists["student"]
     x = d.logits_NV if isinstance(d, DenseDist) else d.hidden_NH  # type: ignore[union-attr]
-    return x.sum() * 0.0 if x.numel() == 0 else (x[:0].sum())
+    nothing = x.sum() * 0.0 if x.numel() == 0 else (x[:0].sum())
+    # the head too: what gathered it (FSDP2) or sums its gradient (DDP) waits for every process
+    parts = (d.head.weight, d.head.bias) if isinstance(d, HiddenDist) else ()
+    spread = [p[:0].sum() for p in parts if p is not None and p.requires_grad]
+    return sum(spread, nothing)
 
 
 def is_hidden(batch: Batch) -> bool:
@@ -47,8 +52,16 @@ def finite_entries(batch: Batch, st: Stage) -> bool:
             d = batch.dists[resolve(batch, str(n.attr("dist")))]
             if not isinstance(d, HiddenDist | DenseDist):
                 return False
-    bias = student.head.bias
-    return bias is None or bool(torch.isfinite(bias[: student.head.width]).all())
+    bias, shard = student.head.bias, student.head.shard
+    fine = bias is None or bool(torch.isfinite(bias[: student.head.width]).all())
+    return fine if shard is None or bias is None else shard.everywhere(fine, bias.device)
+
+
+def across_of(batch: Batch) -> Across | None:
+    """What passes call where the student's head is spread over processes."""
+    d = batch.dists["student"]
+    shard = d.head.shard if isinstance(d, HiddenDist) else None
+    return None if shard is None else Across(shard)
 
 
 def dtype_of(batch: Batch) -> torch.dtype:
@@ -130,10 +143,12 @@ def dists_of(
 ) -> dict[str, object]:
     """Distributions of one block of rows, as the passes read them."""
     y, like = rows["y"], like or logits["student"].dtype
+    across = across_of(batch)
+    dense = prelude.Dense if across is None else across.dist
 
     def view(name: str) -> prelude.Dense | prelude.Sparse:
         if name in logits:
-            return prelude.Dense(logits[name], y)
+            return dense(logits[name], y)
         ids, logp, logp_y = (rows.get(f"{k}:{name}") for k in ("ids", "logp", "logp_y"))
         return prelude.Sparse(
             ids,
@@ -262,6 +277,9 @@ def row_inputs(batch: Batch, st: Stage, store: Mapping[str, Tensor]) -> Numbers:
 
 def scalars(batch: Batch, store: Mapping[str, Tensor], st: Stage) -> dict[str, object]:
     out: dict[str, object] = {"step": float(batch.step), "total_steps": float(batch.total_steps)}
+    across = across_of(batch)
+    if across is not None:
+        out["shard"] = across
     for n in st.imports:
         if store[key(n)].dim() == 0:
             out[key(n)] = store[key(n)]

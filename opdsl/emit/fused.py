@@ -50,6 +50,7 @@ class Fused(Writer):
     """Writes the function of one row pass."""
 
     lines: list  # of str | Line
+    words = "v"  # the size of the vocabulary
 
     def __init__(self, staged: Staged, st: Stage):
         super().__init__(staged, st)
@@ -150,15 +151,15 @@ class Fused(Writer):
             return
         x, var = self.entries_of(n.args[0]), self.fresh(n)
         if n.op == "max_v":
-            self.lines.append(Line(f"{var} = largest({{0}})", (self.whole(x),)))
+            self.lines.append(Line(f"{var} = {self.across}largest({{0}})", (self.whole(x),)))
             return
         base, out = self.base(x) if x.scale == Scale() else self.whole(x), self.new()
-        self.lines.append(Line(f"{var} = lse_into({{0}}, {{out}})", (base,), out))
+        self.lines.append(Line(f"{var} = {self.across}lse_into({{0}}, {{out}})", (base,), out))
 
     def sum_of(self, x: Lazy | str) -> str:
         """Σ over the vocabulary: scale · (Σ value + V · shift)."""
         if isinstance(x, str):
-            return f"(v * {x})"
+            return f"({self.words} * {x})"
         if x.value not in self.sums:
             leaf = next((f for f in self.leaves.values() if f.e == x.value), None)
             if leaf is not None:
@@ -166,16 +167,22 @@ class Fused(Writer):
             else:
                 self.count += 1
                 self.sums[x.value] = f"x{self.count}"
-                self.lines.append(Line(f"x{self.count} = {{0}}.sum(1)", (x.value,)))
+                self.lines.append(Line(f"x{self.count} = {self.summed('{0}')}", (x.value,)))
         total = self.sums[x.value]
         if x.shift:
-            total = f"({total} + v * ({x.shift}))"
+            total = f"({total} + {self.words} * ({x.shift}))"
         scale = x.scale
         if not x.shift and total in scale.down:  # Σ π = 1
             scale, total = scale * Scale(1.0, (total,)), ""
         if scale == Scale():
             return total or "torch.ones(n, dtype=like, device=y.device)"
         return f"({total} * {scale.text()})" if total else f"({scale.text()})"
+
+    def summed(self, x: str) -> str:
+        return f"{x}.sum(1)"
+
+    def picked(self, x: str, ids: str) -> str:
+        return f"{x}.gather(1, {ids})"
 
     def gather(self, n: Node) -> None:
         x = n.args[0]
@@ -190,7 +197,7 @@ class Fused(Writer):
             value = self.whole(self.entries_of(x))
             self.names[x.id] = "{0}"
             text = f"{self.names[n.args[1].id]}[0]" if n.op == "at_set" else ""
-            right = f"{{0}}.gather(1, {text})" if text else getattr(self, f"_{n.op}")(n)
+            right = self.picked("{0}", text) if text else getattr(self, f"_{n.op}")(n)
             self.lines.append(Line(f"{self.fresh(n)} = {right}", (value,)))
         else:
             super().statement(n)
@@ -399,7 +406,7 @@ class Fused(Writer):
         if before == leaf.e:
             before = self.op(("copy", before), "torch.mul({0}, 1.0, out={out})", (before,))
         args = f"{leaf.total}, {leaf.dist}.y, {number(c.temperature)}, {at_y}, [{sets}], {total}"
-        self.lines.append(Line(f"adjoint_into({{0}}, {args})", (leaf.e,)))
+        self.lines.append(Line(f"{self.across}adjoint_into({{0}}, {args})", (leaf.e,)))
         if isinstance(rest, str):
             text = f"{{0}}.add_(column({rest} * {number(1.0 / c.temperature)}))"
             self.lines.append(Line(text, (leaf.e,)))

@@ -108,6 +108,8 @@ INLINE_WIDTH = 60  # characters of a value that is written where it is used, if 
 class Writer:
     """Writes the function of one pass."""
 
+    across = ""  # where the functions that reduce or gather over the words come from
+
     def __init__(self, staged: Staged, st: Stage, comments: bool = False):
         self.staged, self.st, self.comments = staged, st, comments
         self.topic = ""
@@ -310,7 +312,7 @@ class Writer:
     def _top(self, n: Node) -> str:
         x, k = n.args[0], int(n.attr("k"))  # type: ignore[call-overload]
         if x.op != "logp":
-            return f"top({self.names[x.id]}, {k})"
+            return f"{self.across}top({self.names[x.id]}, {k})"
         # a temperature does not change the order: a served teacher's own list will do
         return f"d['{_mangle(str(x.attr('dist')))}'].top({k})"
 
@@ -319,7 +321,7 @@ class Writer:
         x = n.args[0]
         if x.op == "logp":
             return f"{self.dist(x)}.top_p({p}, {k})"
-        return f"top_p({self.names[x.id]}, {p}, {k})"
+        return f"{self.across}top_p({self.names[x.id]}, {p}, {k})"
 
     def _joined(self, n: Node) -> str:
         full = [a for a in n.args if a.op == "full"]
@@ -346,7 +348,7 @@ class Writer:
 
     def _put_set(self, n: Node) -> str:
         x, s = n.args
-        return f"put({self.entry(x)}, {self.names[s.id]}, n, v)"
+        return f"{self.across}put({self.entry(x)}, {self.names[s.id]}, n, v)"
 
     def _is_y(self, n: Node) -> str:
         s = n.args[0]
@@ -493,7 +495,8 @@ class Writer:
             dense = self.entry(c.dense) if c.dense is not None else "None"
             leaf = c.leaf
             args = f"{number(c.temperature)}, {y}, [{sets}], {dense}"
-            parts.append(f"softmax_adjoint(d['{_mangle(str(leaf.attr('dist')))}'], {args})")
+            dist = f"d['{_mangle(str(leaf.attr('dist')))}']"
+            parts.append(f"{self.across}softmax_adjoint({dist}, {args})")
         self.lines.append(f"dz = {' + '.join(parts) if parts else 'None'}")
         self.lines.append(f"return {self.names[staged.total.id]}, dz, {{{self.extras()}}}")
 

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 from opdsl.emit.fused import fused
 from opdsl.emit.gating import all_gated, known_stage
-from opdsl.emit.module import GATHERS, Emitted
-from opdsl.emit.restricted import is_restricted
+from opdsl.emit.held import held
+from opdsl.emit.module import GATHERS, Emitted, Writer, _mangle
+from opdsl.emit.restricted import is_restricted, restricted
 from opdsl.emit.unit import unit_stage
 from opdsl.ir.stages import Stage, Staged
 from opdsl.meaning.node import COUPLING_OPS, Node
@@ -35,12 +36,19 @@ class Sweep:
     dense    those of them it reads entry by entry
     scratch  tiles beside the logits
     work     {kind: times an element of a tile is visited}; see `KINDS`
+    fresh    tiles that torch takes and gives back within the pass
+    plain    tiles of the pass that is not in place: words of probability 0, teachers that differ by
+             row (two of them)
+    asked    rows of the head that are gathered for a token
     """
 
     reads: tuple[str, ...]
     dense: tuple[str, ...]
     scratch: int
     work: dict[str, int]
+    fresh: float = 0.0
+    plain: float = 0.0
+    asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,8 +132,12 @@ def _sweep(staged: Staged, st: Stage) -> Sweep:
         names.insert(0, "student")
     text = fused(staged, st)
     dense = tuple(n for n in names if reads.get(n))
-    scratch = max((int(x) for x in re.findall(r"\bw\((\d+)\)", text)), default=0)
-    return Sweep(tuple(names), dense, scratch, _work(text))
+    takes = held(text)
+    if st is staged.last and is_restricted(staged):
+        takes = held(restricted(staged), measured=tuple(_mangle(n) for n in names))
+    plain = held(Writer(staged, st).function(), parts=2).peak
+    scratch = held(text).scratch
+    return Sweep(tuple(names), dense, scratch, _work(text), takes.peak, plain, takes.asked)
 
 
 KINDS = {  # how often the text of an in-place pass visits a tile, by what it does there

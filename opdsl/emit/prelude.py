@@ -115,7 +115,7 @@ class Asked:
         return Asked(self._logits, self.y, temperature)
 
     def at(self, ids):
-        z = self._logits(ids)
+        z = self._logits(ids).clamp_min(FLOOR)
         return z if self._temperature == 1.0 else z / self._temperature
 
     def asked(self, ids):

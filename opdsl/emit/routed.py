@@ -91,6 +91,10 @@ class Chosen:
     def tempered(self, temperature: float) -> Chosen:
         return Chosen([p.tempered(temperature) for p in self.parts], self.choice)
 
+    def rescaled(self, temperature: float, out: torch.Tensor) -> None:
+        """Every part keeps its logits over the temperature itself; one buffer would not hold them."""
+        self.tempered(temperature)
+
     def measure(self, out: torch.Tensor) -> None:
         for p in self.parts:
             p.measure(out)

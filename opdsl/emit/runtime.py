@@ -10,28 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opdsl.emit import prelude
 from opdsl.emit.batch import Batch, DenseDist, HiddenDist
+from opdsl.emit.compiled import CompiledPass, worthwhile
+from opdsl.emit.couple import couple, meet, named, spread
 from opdsl.emit.feed import (
     Numbers,
-    as_type,
     dense_dists,
     dists_of,
     dtype_of,
     expanded,
     finite_entries,
     is_hidden,
-    keys_of,
     metrics_of,
     overflow,
     refuse_broken,
     row_inputs,
     scalars,
-    seq_input,
     sound,
     sources,
     tensor_of,
@@ -39,17 +39,17 @@ from opdsl.emit.feed import (
 )
 from opdsl.emit.fused import fused
 from opdsl.emit.gating import KNOWN, all_gated, known_gates
-from opdsl.emit.kernels.head import takes_low
+from opdsl.emit.kernels.head import takes_low, tile_memory
 from opdsl.emit.kernels.linear_restricted import Gathered, linear_restricted
 from opdsl.emit.kernels.linear_rowwise import linear_rowwise
 from opdsl.emit.kernels.triton_launch import chosen, tell, usable
-from opdsl.emit.module import Emitted, check, function_name, key
+from opdsl.emit.module import Emitted, check, function_name
 from opdsl.emit.restricted import is_restricted, restricted
 from opdsl.emit.routed import add_routed
+from opdsl.emit.sharded import texts
 from opdsl.emit.unit import unit_stage, weighed
 from opdsl.ir.program import Program
 from opdsl.ir.stages import Stage, Staged
-from opdsl.meaning.quantity import Axis
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class LossModule(nn.Module):
         self.program, self.emitted = program, emitted
         self.functions = load(emitted.text)
         self.scratch = Scratch()
+        self.compiling = False
+        self.compiled: dict[str, CompiledPass] = {}
 
     @cached_property
     def in_place(self) -> dict[str, object]:
@@ -109,16 +111,33 @@ class LossModule(nn.Module):
         metrics = {"loss": float(total.detach()), **metrics}
         return LossResult(total, metrics)
 
-    def prepare(self, parts: Sequence[Batch]) -> list[Context]:
-        """Contexts of micro-batches: every pass but the last, over all of them together."""
+    def compile(self) -> LossModule:  # type: ignore[override]
+        """Dense row passes over a large vocabulary on a CPU go through torch.compile from now on."""
+        self.compiling = True
+        return self
+
+    def prepare(self, parts: Sequence[Batch], group: Any = None) -> list[Context]:
+        """Contexts of micro-batches: every pass but the last, over all of them together.
+
+        group: the processes that hold the rest of the batch (`torch.distributed.group.WORLD`; None:
+        there are none). A collective call, with at least one part, even an empty one, on each. The
+        losses of all parts on all processes then add up to the loss of the whole batch, and their
+        gradients to its gradient: DDP and FSDP, which take the mean over W processes, want the loss
+        times W. Group ids name groups of the whole batch; a sequence without one is alone.
+        """
+        if group is not None and not parts:
+            raise ValueError("every process prepares at least one part; an empty batch will do")
         contexts: list[dict[str, Numbers]] = [{} for _ in parts]
         with torch.no_grad():
             for staged in self.emitted.staged:
                 rows = [self._rows_of(p, staged) for p in parts]
                 # a part without tokens (no golden text, or every sequence empty) takes no pass
                 present = [(i, r) for i, r in enumerate(rows) if r is not None and r.layout.n_rows]
-                if not present:
+                here = [r for _, r in present]
+                ranks = None if group is None else meet(group, here, parts[0].tokens_N.device)
+                if ranks is None and (group is not None or not present):
                     continue
+                like, constants = dtype_of(parts[0]), {}
                 stores: list[Numbers] = [{} for _ in present]
                 for st in staged.stages[:-1]:
                     if st.kind == "rows":
@@ -126,7 +145,9 @@ class LossModule(nn.Module):
                             unit = st is unit_stage(staged) and learns_hidden_alone(r)
                             store.update(self._score(staged, st, r, store, unit))
                     else:
-                        self._couple(staged, st, [r for _, r in present], stores)
+                        fn = named(staged, self.functions, lambda: self.over_processes)
+                        steps = here[0] if here else parts[0]
+                        couple(fn, st, here, stores, constants, like, steps, ranks)
                 for store, (i, _) in zip(stores, present):
                     contexts[i][staged.rows] = store
         return [Context(c) for c in contexts]
@@ -139,43 +160,15 @@ class LossModule(nn.Module):
     def _function(self, staged: Staged, st: Stage):
         return self.functions[function_name(staged.rows, st)]
 
-    def _couple(self, staged: Staged, st: Stage, rows: list[Batch], stores: list[Numbers]) -> None:
-        """A batch pass over all micro-batches; its exports go back to each."""
-        like = dtype_of(rows[0])
-        seq, length, group, pos = [], [], [], []
-        start = 0
-        for r in rows:
-            seq.append(r.layout.seq_N + start)
-            start += r.layout.n_seqs
-            length.append(r.layout.length_B)
-            group.append(r.layout.group_B)
-            pos.append(r.layout.pos_N)
-        coupling = prelude.Coupling(
-            torch.cat(seq), torch.cat(pos), torch.cat(length), torch.cat(group)
-        )
-        x: dict[str, object] = {
-            "step": float(rows[0].step),
-            "total_steps": float(rows[0].total_steps),
-        }
-        for n in st.imports:
-            found = [s[key(n)] for s in stores]
-            x[key(n)] = (
-                found[0] if n.q.axis is Axis.CONST else torch.cat([as_type(f, like) for f in found])
-            )
-        for n in st.nodes:
-            if n.op == "input" and n.attr("name") not in ("one", "step"):
-                for k in keys_of(n):
-                    x[k] = torch.cat([seq_input(r, n, k, like) for r in rows])
-        out = self._function(staged, st)(coupling, x, like)  # type: ignore[operator]
-        exports = {key(n): n for n in st.exports}
-        offset = 0
-        for r, store in zip(rows, stores):
-            size = r.layout.n_rows
-            for k, value in out.items():
-                whole = exports[k].q.axis is Axis.CONST
-                tensor = tensor_of(value, like, r.tokens_N.device)
-                store[k] = tensor if whole or tensor.dim() == 0 else tensor[offset : offset + size]
-            offset += size
+    @cached_property
+    def over_processes(self) -> dict[str, object]:
+        """The batch passes whose sums and maxima go over processes."""
+        return load(spread(self.emitted))
+
+    @cached_property
+    def in_shards(self) -> tuple[dict[str, object], ...]:
+        """(plain, in place, by ids): the row passes over a vocabulary in parts."""
+        return tuple(load(text) for text in texts(self.emitted))
 
     @cached_property
     def by_ids(self) -> dict[str, object]:
@@ -206,19 +199,28 @@ class LossModule(nn.Module):
         """
         student, device = batch.dists["student"], batch.tokens_N.device
         assert isinstance(student, HiddenDist)
-        if not finite_entries(batch, st):
+        finite, name = finite_entries(batch, st), function_name(staged.rows, st)
+        if student.head.shard is not None:
+            if not finite:
+                return self.in_shards[0][name]
+            in_shards = self.in_shards[1][name]
+            return lambda d, r, like: in_shards(d, r, like, self.scratch.like(d["student"].z))  # type: ignore[operator]
+        if not finite:
             if usable(device, dtype_of(batch)):
                 tell("a batch has words of probability 0, or teachers that differ by row")
             return self._function(staged, st)
         kernels = chosen(staged, st, device, dtype_of(batch))
-        fn = kernels or self.in_place[function_name(staged.rows, st)]
+        fn = kernels or self.in_place[name]
+        if self.compiling and kernels is None and device.type == "cpu" and worthwhile(st):
+            fn = self.compiled.setdefault(name, CompiledPass(fn, st))
         low = st is staged.last and takes_low(student.hidden_NH.dtype, student.head)
 
         def run(d, r, like):
             z_nV = d["student"].z
             w = self.scratch.like(z_nV)
             if kernels is not None and low:
-                return kernels(d, r, like, w, torch.empty_like(z_nV, dtype=torch.bfloat16))
+                out_nV = tile_memory(*z_nV.shape, torch.bfloat16, z_nV.device)
+                return kernels(d, r, like, w, out_nV)
             return fn(d, r, like, w)  # type: ignore[operator]
 
         return run
@@ -328,8 +330,9 @@ class LossModule(nn.Module):
     ) -> tuple[Tensor, dict[str, float]]:
         """The last pass of a method that needs K logits per row and no log-sum-exp."""
         st, student = staged.last, batch.dists["student"]
-        fn = self.by_ids[function_name(staged.rows, st)]
         assert isinstance(student, HiddenDist)
+        by_ids = self.by_ids if student.head.shard is None else self.in_shards[2]
+        fn = by_ids[function_name(staged.rows, st)]
         others, rows = sources(batch, st)
         like, device = dtype_of(batch), student.hidden_NH.device
 
@@ -396,7 +399,8 @@ def learns_hidden_alone(batch: Batch) -> bool:
 def unit_cotangent(student: prelude.Dense, out_nV: Tensor) -> tuple[Numbers, Tensor]:
     """log π(y) [n] and its slope e_y − π [n, V], in a buffer."""
     total = student.measure(out_nV)
-    prelude.adjoint_into(out_nV, total, student.y, 1.0, 1.0, [], 0.0)
+    adjoint_into = getattr(student, "across", prelude).adjoint_into  # its own columns, in shards
+    adjoint_into(out_nV, total, student.y, 1.0, 1.0, [], 0.0)
     return {LOGP_Y: student.at_y()}, out_nV
 
 

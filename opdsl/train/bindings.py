@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from opdsl.train.verify import Verdict
+
 EMBEDDED = "embedded"
 START = "embedded-start"  # the embedded student before any training
 OTHER = "other"  # a value of a field that no condition of the spec names
@@ -128,8 +130,11 @@ class TaskData:
             ]
         return prompts
 
-    def verify(self, prompt: Any, response: Sequence[int]) -> float | None:
-        return self.task.verify(prompt, response)
+    def judge(self, prompts: Sequence[Any], responses: Sequence[Any]) -> list[Verdict]:
+        return [Verdict(self.task.verify(p, r)) for p, r in zip(prompts, responses)]
+
+    def finish(self, step: int, prompts: Sequence[Any], scores: Sequence[float | None]) -> dict:
+        return {}
 
     def context_ids(self, prompt: Any, template: str | None) -> Sequence[int]:
         """The task's own privileged prompt stands in for a text template."""

@@ -11,21 +11,21 @@ No pickle anywhere: optimizer states are tensors with names, everything else is 
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opdsl.train.errors import problem
+from opdsl.train import durable
+from opdsl.train.durable import FolderLock as FolderLock  # the lock of the folder, for the loop
+from opdsl.train.errors import RunProblem, problem
 
-SCHEMA = 1
+SCHEMA = 2  # what is written
+OLDEST = 1  # what can still be read; schema 1 lacks versions, outline and memories
 _PREFIX = "step-"
 
 
@@ -37,6 +37,7 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Any]]
     state: dict[str, Any]
+    schema: int = SCHEMA
 
 
 def write(
@@ -47,7 +48,7 @@ def write(
     identity: Mapping[str, str],
     keep: int = 3,
 ) -> Path:
-    """Write `root/step-NNNNNN` and delete all but the `keep` newest good checkpoints.
+    """Write `root/step-NNNNNN` and delete all but the `keep` newest checkpoints.
 
     tensors: file stem -> {name: tensor}. state: JSON values. identity: fingerprints that a
     resuming run must match (method, tokenizer).
@@ -57,86 +58,88 @@ def write(
     """
     final = root / f"{_PREFIX}{step:06d}"
     temporary = root / f"{final.name}.tmp-{os.getpid()}-{time.monotonic_ns()}"
-    size = 0
+    size = sum(t.numel() * t.element_size() for g in tensors.values() for t in g.values())
+    text = json.dumps({**state, "step": step}, indent=1, sort_keys=True).encode()
     try:
-        from safetensors.torch import save
-
-        temporary.mkdir(parents=True)
+        os.makedirs(temporary)
         files: dict[str, dict[str, Any]] = {}
         for stem, group in sorted(tensors.items()):
-            plain = {n: t.detach().cpu().contiguous().clone() for n, t in group.items()}
-            data = save(plain, metadata={"format": "pt"})
-            size += len(data)
-            files[f"{stem}.safetensors"] = _write_file(temporary / f"{stem}.safetensors", data)
-        text = json.dumps({**state, "step": step}, indent=1, sort_keys=True).encode()
-        files["state.json"] = _write_file(temporary / "state.json", text)
+            name = f"{stem}.safetensors"
+            files[name] = durable.write_tensors(temporary / name, group)
+        files["state.json"] = durable.write_bytes(temporary / "state.json", text)
         manifest = {"schema": SCHEMA, "step": step, "identity": dict(identity), "files": files}
-        _write_file(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-        _sync_folder(temporary)
-        if final.exists():  # the same step of an earlier attempt
-            doomed = root / f"{final.name}.tmp-old-{time.monotonic_ns()}"
-            os.rename(final, doomed)
-        os.rename(temporary, final)
-        _sync_folder(root)
+        durable.write_bytes(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+        durable.sync_folder(temporary)
+        _put_in_place(temporary, final)
+        durable.sync_folder(root)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _unwritable(root, size, error) from None
+        raise durable.unwritable(f"a checkpoint in {root}", error, size + len(text)) from None
     fault = verify(final)
     if fault is not None:
-        raise problem("OPD704", f"the checkpoint {final} does not read back: {fault}")
+        raise problem(
+            "OPD704",
+            f"the checkpoint {final} does not read back: {fault}",
+            notes=["earlier checkpoints are untouched"],
+            helps=["look at the disk, then start again with --resume"],
+        )
     clean(root)
-    for old in _folders(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    _rotate(root, step, keep)
     return final
 
 
-def _write_file(path: Path, data: bytes) -> dict[str, Any]:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Rename; a checkpoint of the same step steps aside and comes back if that fails.
 
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there; the rename is journalled
-        return
-    handle = os.open(path, os.O_RDONLY)
+    A kill between the two renames leaves only the one set aside: `clean` brings it back.
+    """
+    aside = None
+    if final.exists():
+        aside = final.with_name(f"{final.name}.tmp-old-{time.monotonic_ns()}")
+        os.rename(final, aside)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        os.rename(temporary, final)
+    except OSError:
+        if aside is not None:
+            os.rename(aside, final)
+        raise
 
 
-def _unwritable(root: Path, size: int, error: OSError):
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return problem(
-            "OPD704",
-            f"no room for a checkpoint in {root}: it needs about {max(size, 1) / 1e6:.1f} MB",
-            notes=["earlier checkpoints are untouched"],
-            helps=["make room and start again with --resume"],
-        )
-    reason = (error.strerror or str(error)).lower()
-    return problem("OPD704", f"cannot write a checkpoint to {root}: {reason}")
+def _rotate(root: Path, step: int, keep: int) -> None:
+    """Delete what is behind the `keep` newest up to `step`, which has just been verified.
+
+    Higher numbers are those a resumed run passed over because they are damaged: were they
+    counted, they would push out good ones.
+    """
+    folders = _folders(root)
+    passed_over = [f for f in folders if _number(f) > step]
+    for old in passed_over + folders[len(passed_over) + max(1, keep) :]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- reading -------------------------------------------------------------------------------
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None if it is whole."""
+    """What is wrong with a checkpoint folder, or None if it is whole.
+
+    Raises RunProblem OPD705 for a whole manifest of a schema this version cannot read: an older
+    checkpoint must not quietly be taken instead.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        if manifest["schema"] != SCHEMA:
-            return f"schema {manifest['schema']}, this version reads {SCHEMA}"
-        files = manifest["files"]
+        schema, files = manifest["schema"], manifest["files"]
+        if not isinstance(schema, int):
+            return "manifest.json is damaged (schema)"
+        if not OLDEST <= schema <= SCHEMA:
+            raise _other_schema(folder, schema)
         for name, facts in files.items():
             if Path(name).name != name:
                 return f"odd file name {name!r}"
-            data = (folder / name).read_bytes()
-            if len(data) != facts["size"]:
-                return f"{name} has {len(data)} bytes, not {facts['size']}"
-            if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            found = durable.facts_of(folder / name)
+            if found["size"] != facts["size"]:
+                return f"{name} has {found['size']} bytes, not {facts['size']}"
+            if found["sha256"] != facts["sha256"]:
                 return f"{name} is damaged"
         if "state.json" not in files:
             return "state.json is not listed"
@@ -147,6 +150,23 @@ def verify(folder: Path) -> str | None:
     return None
 
 
+def _other_schema(folder: Path, schema: int) -> RunProblem:
+    reads = str(SCHEMA) if OLDEST == SCHEMA else f"{OLDEST} to {SCHEMA}"
+    age = "a newer" if schema > SCHEMA else "an older"
+    cure = "update opdsl" if schema > SCHEMA else "finish that run with the version that began it"
+    return problem(
+        "OPD705",
+        f"{folder} was written by {age} opdsl: schema {schema}, and this version reads {reads}",
+        notes=["nothing was changed"],
+        helps=[f"{cure}, or start afresh with another --out"],
+        exit_code=3,
+    )
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name[len(_PREFIX) :])
+
+
 def _folders(root: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     if not root.is_dir():
@@ -154,13 +174,19 @@ def _folders(root: Path) -> list[Path]:
     found = [
         p for p in root.iterdir() if p.name.startswith(_PREFIX) and p.name[len(_PREFIX) :].isdigit()
     ]
-    return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]), reverse=True)
+    return sorted(found, key=_number, reverse=True)
 
 
 def clean(root: Path) -> None:
     """Remove what interrupted writes left. Call only while holding the folder's lock."""
-    if root.is_dir():
-        for path in root.glob(f"{_PREFIX}*.tmp-*"):
+    if not root.is_dir():
+        return
+    for path in root.glob(f"{_PREFIX}*.tmp-*"):
+        name, _, rest = path.name.partition(".tmp-")
+        final = root / name
+        if rest.startswith("old-") and not final.exists() and verify(path) is None:
+            os.rename(path, final)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -168,10 +194,10 @@ def newest(root: Path, say: Callable[[str], None] = lambda text: None) -> Checkp
     """The newest good checkpoint; `say` gets one line for every newer one that is damaged.
 
     Returns None where there is no checkpoint at all. Raises RunProblem OPD705 if there are
-    checkpoints and none is good.
+    checkpoints and none is good, or if the newest is of another schema.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.torch import load_file
 
     faults = []
     for folder in _folders(root):
@@ -180,7 +206,7 @@ def newest(root: Path, say: Callable[[str], None] = lambda text: None) -> Checkp
             manifest = json.loads((folder / "manifest.json").read_bytes())
             try:
                 tensors = {
-                    Path(name).stem: load((folder / name).read_bytes())
+                    Path(name).stem: load_file(folder / name)
                     for name in manifest["files"]
                     if name.endswith(".safetensors")
                 }
@@ -191,7 +217,7 @@ def newest(root: Path, say: Callable[[str], None] = lambda text: None) -> Checkp
                 state["identity"] = manifest["identity"]
                 for line in faults:
                     say(f"{line}; using {folder.name} instead")
-                return Checkpoint(folder, manifest["step"], tensors, state)
+                return Checkpoint(folder, manifest["step"], tensors, state, manifest["schema"])
         faults.append(f"checkpoint {folder.name} is unusable: {fault}")
     if faults:
         raise problem(
@@ -226,62 +252,6 @@ def load_optimizer(optimizer, names: list[str], tensors: Mapping[str, Any]) -> N
     index = {name: i for i, name in enumerate(names)}
     for key, tensor in tensors.items():
         name, part = key.rsplit("|", 1)
-        state.setdefault(index[name], {})[part] = tensor
+        # A copy: the file behind a loaded tensor goes when the checkpoint is rotated out.
+        state.setdefault(index[name], {})[part] = tensor.clone()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-# ---- one run per folder --------------------------------------------------------------------------
-
-
-class FolderLock:
-    """Only one process writes to an output folder.
-
-    The operating system's file lock does the work, so a killed run leaves no stale lock; host
-    and process id are in the file for the message. Raises RunProblem OPD710 if held, OPD704 if
-    the folder cannot be created or written.
-    """
-
-    def __init__(self, folder: Path):
-        self.path = folder / ".lock"
-
-    def __enter__(self) -> FolderLock:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+")
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise problem(
-                "OPD704",
-                f"cannot write to the output folder {self.path.parent}: {reason}",
-                helps=["--out DIR with a folder you can write to"],
-            ) from None
-        try:
-            _lock(self._file)
-        except OSError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise problem(
-                "OPD710",
-                f"the output folder {self.path.parent} is in use by {holder}",
-                helps=["wait for that run, or choose another --out"],
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.truncate(0)
-        self._file.close()  # closing releases the lock
-
-
-def _lock(file) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

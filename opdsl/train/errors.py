@@ -25,6 +25,7 @@ EXIT_CODES = {
     "OPD112": WRONG_USAGE,
     "OPD119": WRONG_USAGE,
     "OPD402": WRONG_USAGE,
+    "OPD407": WRONG_USAGE,
     "OPD403": ENVIRONMENT,
     "OPD404": ENVIRONMENT,
     "OPD701": ENVIRONMENT,
@@ -38,6 +39,14 @@ EXIT_CODES = {
     "OPD709": 1,
     "OPD710": ENVIRONMENT,
     "OPD711": WRONG_USAGE,
+    "OPD712": ENVIRONMENT,
+    "OPD740": ENVIRONMENT,
+    "OPD720": GUARD,
+    "OPD721": GUARD,
+    "OPD730": ENVIRONMENT,
+    "OPD731": GUARD,
+    "OPD732": GUARD,
+    "OPD733": 1,
 }
 
 
@@ -55,13 +64,27 @@ class RunProblem(CompileError):
 
 
 class GuardStop(RunProblem):
-    """A non-finite number was met; nothing was updated. Exit code 4.
+    """A guard met something no update may be made from; nothing was updated. Exit code 4.
 
-    where: what was not finite; step, row, position: where, None if it has no such place.
+    where: what was met; step, row, position: its place, None if it has no such place. note: the
+    sample. skippable: whether `--skip-non-finite` may leave the step out.
     """
 
-    def __init__(self, where: str, step: int, row: int | None, position: int | None, note: str):
+    def __init__(
+        self,
+        where: str,
+        step: int,
+        row: int | None,
+        position: int | None,
+        note: str,
+        *,
+        code: str = "OPD706",
+        says: str = "is not finite",
+        cures: Iterable[str] = (),
+        skippable: bool | None = None,
+    ):
         self.where, self.step, self.row, self.position = where, step, row, position
+        self.skippable = code == "OPD706" if skippable is None else skippable
         place = f" at step {step}"
         if row is not None:
             place += f", sample {row}"
@@ -69,13 +92,98 @@ class GuardStop(RunProblem):
             place += f", position {position}"
         super().__init__(
             make(
-                "OPD706",
+                code,
                 THIS_RUN,
-                f"{where} is not finite{place}",
-                notes=(note, "the update was not applied; the last checkpoint is intact"),
+                f"{where} {says}{place}",
+                notes=(note, "the step was not kept; the last checkpoint is intact"),
+                helps=tuple(cures) or CURES.get(where.partition(" of ")[0], ()),
             ),
             GUARD,
         )
+
+
+# What to do about a number that is not finite, by what it was.
+CURES = {
+    "the score": (
+        "check the teacher's files and its precision (--precision fp32);"
+        " --skip-non-finite N leaves out up to N such steps",
+    ),
+    "the student's output": (
+        "the weights overflowed some steps ago: look at `grad_norm` in metrics.jsonl and start"
+        " afresh with a smaller --lr",
+    ),
+    "the output": (
+        "a policy in a working precision (--precision fp32); if it is the student, a smaller --lr",
+    ),
+    "the loss": (
+        "bound the signal in the spec: `shape clip(…)`, `credit discounted(…)`, `ppo_clip(…)`",
+    ),
+    "the gradient": ("--precision fp32, or a smaller --lr",),
+    "the weights": ("continue with --resume and a smaller --lr, allowed by --allow-change lr",),
+}
+
+
+def stalled(
+    what: str,
+    seconds: float,
+    step: int,
+    row: int | None = None,
+    note: str = "",
+    cures: Iterable[str] = (),
+    lost: int = 0,
+) -> GuardStop:
+    """A verifier or server that did not answer in time, after its retries. Exit code 4.
+
+    what: "the verifier", "the server of teacher T". note: the sample it was asked about. lost:
+    rows of this run that were left out before for the same reason.
+    """
+    gone = f"; {lost} rows were left out before" if lost else ""
+    return GuardStop(
+        what,
+        step,
+        row,
+        None,
+        (note or "no single sample alone") + gone,
+        code="OPD720",
+        says=f"did not answer within {seconds:g} s",
+        cures=tuple(cures) or ("start it again, then continue with --resume",),
+        skippable=False,
+    )
+
+
+def out_of_memory(step: int, doing: str, rows: int, detail: str) -> RunProblem:
+    """Memory ran out with `rows` rows in a pass, and fewer rows cannot help. Exit code 4."""
+    first = (detail.strip().splitlines() or ["out of memory"])[0]
+    return problem(
+        "OPD721",
+        f"out of memory at step {step} while {doing}, with {rows} row{'s' * (rows != 1)} at a time",
+        notes=[first[:200], "the step was not kept; the last checkpoint is intact"],
+        helps=[
+            "a smaller --max-tokens, --precision bf16, an adapter"
+            " (--set optimize.adapter=lora(rank = 8)), or a smaller model;"
+            " then continue with --resume --allow-change"
+        ],
+    )
+
+
+class TeacherLost(RunProblem):
+    """A teacher outside this process stopped answering in a run; nothing was updated. Exit code 4.
+
+    The weights are good, so the loop saves them before it ends.
+    """
+
+    def __init__(self, message: str):
+        helps = ("bring it back and continue with --resume",
+                 "--teacher-failure pause waits for it, drop_batch(N) leaves out up to N batches")  # fmt: skip
+        super().__init__(make("OPD731", THIS_RUN, message, helps=helps), GUARD)
+
+
+class BatchDropped(Exception):
+    """A step is left out: `what` is counted, `message` says why."""
+
+    def __init__(self, what: str, message: str):
+        super().__init__(message)
+        self.what, self.message = what, message
 
 
 class Interrupted(Exception):

@@ -76,12 +76,11 @@ def accuracy(
         finished += int(out.finished.sum())
         rows = out.rows()
         responses += rows
-        for prompt, row in zip(part, rows):
-            verdict = data.verify(prompt, row)
-            if verdict is None:
+        for verdict in data.judge(part, rows):
+            if verdict.score is None:
                 errors += 1
             else:
-                right, judged = right + verdict, judged + 1
+                right, judged = right + verdict.score, judged + 1
     low, high = wilson(right, judged)
     n = max(1, len(prompts))
     return Accuracy(right, judged, low, high, tokens / n, finished / n, errors), responses

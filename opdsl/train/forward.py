@@ -84,14 +84,18 @@ class Forward:
     def _make(self, live, teachers: dict[str, Scores], initial: Scores | None, common: dict):
         from opdsl import Batch
 
+        common |= _lists_of(teachers)
+        logits = {n: s.logits for n, s in teachers.items() if s.logits is not None}
+        if logits:
+            common["teacher_logits"] = logits
         if not self.fused:
-            logits = {n: s.logits for n, s in teachers.items()} or None
             if initial is not None:
                 common["initial_logits"] = initial.logits
-            return Batch.from_logits(live, teacher_logits=logits, **common)
-        if teachers:
-            common["teacher_hidden"] = {n: s.hidden for n, s in teachers.items()}
-            common["teacher_head"] = {n: s.head for n, s in teachers.items()}
+            return Batch.from_logits(live, **common)
+        hidden = {n: s for n, s in teachers.items() if s.hidden is not None}
+        if hidden:
+            common["teacher_hidden"] = {n: s.hidden for n, s in hidden.items()}
+            common["teacher_head"] = {n: s.head for n, s in hidden.items()}
         if initial is not None:
             common |= {"initial_hidden": initial.hidden, "initial_head": initial.head}
         head = self.head
@@ -110,6 +114,19 @@ class Forward:
                 logp_TV = self.logits(states[i]).log_softmax(-1)
             logprobs_BT[i] = logp_TV.gather(-1, rows.tokens[i].unsqueeze(-1)).squeeze(-1)
         return logprobs_BT
+
+
+def _lists_of(teachers: dict[str, Scores]) -> dict[str, Any]:
+    """The batch's arguments for teachers that give log-probabilities of some tokens only."""
+    sparse = {n: s for n, s in teachers.items() if not s.whole}
+    listed = {n: s for n, s in sparse.items() if s.top_ids is not None}
+    found: dict[str, Any] = {}
+    if sparse:
+        found["teacher_logprobs"] = {n: s.logprobs for n, s in sparse.items()}
+    if listed:
+        found["teacher_topk_ids"] = {n: s.top_ids for n, s in listed.items()}
+        found["teacher_topk_logprobs"] = {n: s.top_logprobs for n, s in listed.items()}
+    return found
 
 
 class Cut:

@@ -18,13 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opdsl.train import checkpoint, evaluate
-from opdsl.train.errors import GuardStop, Interrupted, problem
+from opdsl.train import checkpoint, durable, evaluate, streams
+from opdsl.train.errors import GuardStop, Interrupted, RunProblem, TeacherLost, problem
 from opdsl.train.metrics import Lines, Stopwatch, read_lines, to_line
+from opdsl.train.mishaps import explained
 from opdsl.train.plan import Plan, make_plan
 from opdsl.train.progress import Progress, Silent
 from opdsl.train.runtime import Signals, threads_for
 from opdsl.train.settings import RunSettings
+from opdsl.train.sinks import Sinks
+from opdsl.train.sinks import check as check_sinks
 
 SAMPLES = 6  # held-out prompts whose responses are shown in the report
 
@@ -81,6 +84,7 @@ def train(method, settings: RunSettings, progress: Progress | None = None) -> Su
     newest checkpoint is good and `resume=True` continues from it.
     """
     progress = progress or Silent()
+    check_sinks(settings.log)
     plan = make_plan(method, settings)
     _check_folder(plan)
     with checkpoint.FolderLock(plan.out):
@@ -109,10 +113,24 @@ class _Run:
     def __init__(self, method, plan: Plan, progress: Progress):
         self.method, self.plan, self.progress = method, plan, progress
         self.out = plan.out
+        self.lost: dict[str, int] = {}  # records that sinks did not take
         self.latest: dict[str, float] = {}  # held-out accuracy, for the progress display
         self.seconds = {"loading": 0.0, "training": 0.0, "evaluating": 0.0}
+        self.place = (0, "loading the models")  # step and what is done, for messages
 
     def run(self) -> Summary:
+        """The whole run. A full disk and exhausted memory end it with a message."""
+        try:
+            return self._run()
+        except RunProblem:
+            raise
+        except Exception as error:
+            told = explained(error, self.out, self.place)
+            if told is None:
+                raise
+            raise told from None
+
+    def _run(self) -> Summary:
         from opdsl.train import resume  # these two import torch; the plan above does not
         from opdsl.train.setup import build
 
@@ -129,6 +147,7 @@ class _Run:
         if self.plan.settings.eval_prompts:
             self.sets = {n: p[: self.plan.settings.eval_prompts] for n, p in self.sets.items()}
         first = resume.load(self.session, self.progress.note)
+        self.notes += self.session.changes
         self.seconds["loading"] = time.perf_counter() - began
         finished = self.out / "summary.json"
         if first >= self.plan.recipe.steps and finished.exists():
@@ -139,67 +158,112 @@ class _Run:
             ExitStack() as files,
         ):
             keep = first if first else None
-            self.metrics, self.evals, self.timings = (
-                Lines(self.out / f"{name}.jsonl", keep) for name in ("metrics", "evals", "timings")
+            self.metrics, self.evals, self.timings, self.samples = (
+                Lines(self.out / f"{name}.jsonl", keep)
+                for name in ("metrics", "evals", "timings", "samples")
             )
-            for lines in (self.metrics, self.evals, self.timings):
+            for lines in (self.metrics, self.evals, self.timings, self.samples):
                 files.callback(lines.close)
+            self._open_sinks(files, first)
             self._write_plan()
             with Signals() as signals:
                 self._steps(first, signals)
         return self._finish()
 
+    def _save(self, done: int) -> Path:
+        """Records first, so that no checkpoint is ahead of the lines that belong to it."""
+        from opdsl.train import resume
+
+        for lines in (self.metrics, self.evals, self.timings, self.samples):
+            durable.sync_file(lines.path)
+        return resume.save(self.session, done)
+
     # ---- the loop ----------------------------------------------------------------------------
 
     def _steps(self, first: int, signals: Signals) -> None:
-        from opdsl.train import resume
-
         steps = self.plan.recipe.steps
         if first == 0:
             self._evaluate(0)
         self.progress.begin(steps, first)
         warmup = max((c.warmup for c in self.engine.critics), default=0)
         start = first if first else -warmup
+        for teacher in self.engine.teachers.values():
+            if hasattr(teacher, "stopped"):  # one that may wait for its server
+                teacher.stopped = lambda: signals.stop is not None  # type: ignore[attr-defined]
         for step in range(start, steps):
-            self._one_step(step)
+            try:
+                self._one_step(step)
+            except TeacherLost:
+                self._leave(step, step > max(first, 0) and not self.engine.moved, signals)
+                raise
             done = step + 1
             if step >= 0 and done in self.plan.evals:
                 self._evaluate(done)
-            last = done == steps
-            if step >= 0 and (done % self.plan.save_every == 0 or last or signals.save):
+            last, place = done == steps, None
+            due = done % self.plan.save_every == 0 or last or signals.save
+            if step >= 0 and (due or signals.stop is not None):
                 signals.save = False
-                resume.save(self.session, done)
+                place = self._save(done)
             if signals.stop is not None and not last:
-                place = str(resume.save(self.session, done)) if step >= 0 else None
-                raise Interrupted(signals.stop, max(done, 0), place)
+                raise Interrupted(signals.stop, max(done, 0), str(place) if place else None)
+
+    def _leave(self, done: int, whole: bool, signals: Signals) -> None:
+        """A teacher is gone: keep the student as it stands, unless a step has half changed it."""
+        place = self._save(done) if whole else None
+        if place is not None:
+            self.progress.note(f"saved after step {done} in {place}")
+        if signals.stop is not None:
+            raise Interrupted(signals.stop, max(done, 0), str(place) if place else None) from None
 
     def _one_step(self, step: int) -> None:
         watch, old = Stopwatch(), self.session.old
         if old is not None and step >= 0:
             old.before_update(step)
         began = time.perf_counter()
+        self.place = (step + 1, "updating")
+        streams.seed_everything(self.plan.seed, step)
         try:
             record = self.engine.step(step, watch)
         except GuardStop as stop:
             self._dump(stop)
             skipped = self.engine.counts.get("steps skipped: not finite", 0)
-            if skipped >= self.plan.settings.skip_nonfinite:
+            if not stop.skippable or skipped >= self.plan.settings.skip_nonfinite:
                 raise
             self.engine.counts["steps skipped: not finite"] = skipped + 1
             record = {"step": step + 1, "skipped": stop.message}
             self.progress.note(stop.message + "; step skipped")
+        for line in self.engine.watched.said:
+            self.progress.note(line)
+        self.engine.watched.said.clear()
         if old is not None and step >= 0:
             old.after_step(step)
         self.seconds["training"] += time.perf_counter() - began
         self.metrics.write(record)
+        self._write_measured(watch)
         timing = watch.record(step + 1, record.get("tokens", 0))
         self.timings.write(timing)
+        self.sinks.step(record, timing)
         self.progress.step(step, record | self.latest, timing["tokens_per_second"])
+
+    def _open_sinks(self, files: ExitStack, first: int) -> None:
+        """`--log`; whatever becomes of a sink, the run goes on."""
+        config = self.plan.decides() | {"method": self.plan.method, **self.plan.fingerprints}
+        self.sinks = Sinks(self.plan.settings.log, self.out, config, first, self.progress.note)
+        files.callback(lambda: self.lost.update(self.sinks.close()))
+
+    def _write_measured(self, watch: Stopwatch) -> None:
+        """Token records of this step, and what measuring cost, under its own name."""
+        if self.engine.meters is not None:
+            seconds, samples = self.engine.meters.take()
+            watch.move("loss and gradient", "measuring", seconds)
+            for sample in samples:
+                self.samples.write(sample)
 
     def _evaluate(self, done: int) -> None:
         """Measure held-out accuracy after `done` steps and write it to `evals.jsonl`."""
         if not self.sets:
             return
+        self.place = (done, "evaluating")
         began = time.perf_counter()
         result = evaluate.evaluate(
             self.session.sample, self.session.data, self.sets, self.plan.seed
@@ -209,6 +273,7 @@ class _Run:
         rows = self.session.sample([p.ids for p in main], greedy=True).rows()
         line["samples"] = [self.session.data.response_text(row) for row in rows]
         self.evals.write(line)
+        self.sinks.evaluation(done, line["sets"])
         self.seconds["evaluating"] += time.perf_counter() - began
         name, modes = next(iter(result.items()))
         if modes["greedy"].judged:
@@ -280,7 +345,7 @@ class _Run:
             device=f"{session.runtime.device} {session.runtime.precision}",
             evals=read_lines(self.out / "evals.jsonl"),
             last=metrics[-1],
-            counts=dict(self.engine.counts),
+            counts=self.engine.counts | self.lost,
             notes=self.notes,
             seconds={k: round(v, 2) for k, v in self.seconds.items()},
             out=str(self.out),
@@ -290,6 +355,7 @@ class _Run:
                 session.data.prompt_text(p) for p in next(iter(self.sets.values()), [])[:SAMPLES]
             ]
             summary.files.update(report.write(self.out, summary, self.method, metrics, prompts))
+        self.place = (plan.recipe.steps, "exporting the student")
         if plan.settings.export:
             models.export(session.student, self.out / "student", session.tokenizer)
             summary.files["student"] = str(self.out / "student")

@@ -82,6 +82,12 @@ class Stopwatch:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
+    def move(self, stage: str, to: str, seconds: float) -> None:
+        """Count seconds of one stage as another's."""
+        if seconds > 0:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) - seconds
+            self.seconds[to] = self.seconds.get(to, 0.0) + seconds
+
     def record(self, step: int, tokens: int) -> dict[str, Any]:
         """The line for `timings.jsonl`; tokens are response tokens trained on."""
         total = sum(self.seconds.values())

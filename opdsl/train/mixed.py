@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from opdsl.train.decode_generate import found
 from opdsl.train.rollout import (
     Rollouts,
-    _check_finite,
-    _is_any,
     cache_name,
+    check_finite,
     inverse_cdf,
     sampling_logprobs,
 )
@@ -148,11 +148,11 @@ def _loop(readers, rule, max_new, stops, pad, settings, generator, device) -> Ro
         tokens_BT[:, t] = torch.where(open_B, token_B, tokens_BT[:, t])
         logprobs_BT[:, t] = torch.where(open_B, logp_B, logprobs_BT[:, t])
         lengths_B += open_B
-        finished_B |= open_B & _is_any(token_B, stops)
+        finished_B |= open_B & found(token_B, stops)
         if t + 1 == max_new or bool(finished_B.all()):
             break
         logits = [r.step(token_B) for r in readers]
-    _check_finite(logprobs_BT)
+    check_finite(logprobs_BT)
     T = int(lengths_B.max())
     return Rollouts(tokens_BT[:, :T], lengths_B, logprobs_BT[:, :T], finished_B)
 

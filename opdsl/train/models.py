@@ -21,7 +21,7 @@ HUB_TIMEOUT = 3.0  # seconds to find out that there is no network
 
 
 def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+    return "://" in name
 
 
 def looks_like_path(name: str) -> bool:
@@ -39,7 +39,7 @@ def check_source(name: str, role: str) -> None:
     if is_url(name):
         raise problem(
             "OPD701",
-            f"{role}: {name} is a served model; this version scores teachers in its own process",
+            f"{role}: {name} is a served model, and this role needs one in this process",
             helps=[f"{option}FOLDER (a transformers folder) or a hub name"],
         )
     if looks_like_path(name):

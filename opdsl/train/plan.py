@@ -17,14 +17,20 @@ from typing import Any
 
 from opdsl.train import bindings
 from opdsl.train.bindings import EMBEDDED
+from opdsl.train.data_formats import stem
 from opdsl.train.errors import problem
 from opdsl.train.settings import PACE, Recipe, RunSettings, recipe_for
+from opdsl.train.teachers.sources import refuse_by_kind
 
 _BLOCK_NUMBERS = (
     "seed", "steps", "prompts", "micro_batch", "max_tokens", "eval_every", "save_every",
     "eval_prompts",
 )  # fmt: skip
-_BLOCK_TEXTS = ("data", "student", "precision", "device", "out", "task", "eval_data", "verifier")
+_BLOCK_TEXTS = (
+    "data", "student", "precision", "device", "out", "task", "eval_data", "verifier", "columns",
+    "curriculum",
+)  # fmt: skip
+_OF_DATA = ("columns", "curriculum")  # settings that mean nothing without data of one's own
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,9 @@ class Plan:
                     "pair_seed": self.pair_seed,
                     "group": self.group,
                     "max_tokens": self.max_tokens,
+                    "verifier": self.settings.verifier,
+                    "columns": self.settings.columns,
+                    "curriculum": self.settings.curriculum,
                     **recipe,
                 }
             )
@@ -123,6 +132,14 @@ def make_plan(method, settings: RunSettings) -> Plan:
         _check_task(task)
         if settings.data:
             raise problem("OPD112", "--task and --data exclude each other", exit_code=2)
+        for name in _OF_DATA:
+            if getattr(settings, name):
+                raise problem(
+                    "OPD112",
+                    f"--{name} is for data of your own, and this run trains on the task `{task}`",
+                    helps=["--data FILE with --student and --teacher"],
+                    exit_code=2,
+                )
         student = settings.student or EMBEDDED
         teachers = bindings.stand_ins(method.spec, given)
         notes += bindings.notes(method.spec, task, teachers)
@@ -132,12 +149,13 @@ def make_plan(method, settings: RunSettings) -> Plan:
         _require(student, teachers, settings.data)
         if block_name and not settings.run:
             notes.append(f"models and data of the run block `{block_name}`")
+    refuse_by_kind(method.spec, teachers)
     group = max((s.group for s in method.spec.states), default=1)
     recipe, more = recipe_for(
         method.spec.optimize, settings, embedded=task is not None, group=group, rows_of_data=None
     )
     notes += more
-    name = task or Path(settings.data or "data").stem
+    name = task or stem(settings.data or "data")
     return Plan(
         method=method.name,
         title=method.title or "",
@@ -246,9 +264,17 @@ def _with_block(method, settings: RunSettings, block) -> tuple[RunSettings, dict
             )
         if getattr(settings, key) is None:
             chosen[key] = value if key in _BLOCK_NUMBERS else str(value)
+            if key == "verifier" and str(value).startswith("command:"):
+                # A spec from elsewhere may be run without being read to its end.
+                raise problem(
+                    "OPD112",
+                    f"run block `{block.name}`: a spec may not name a program to run",
+                    helps=[f"give it on the command line: --verifier '{value}'"],
+                )
     if not (teachers or "student" in block.settings or settings.student):
         # A run block without models only sets numbers; the embedded pair is still the default.
-        chosen.pop("data", None)
+        for key in ("data", *_OF_DATA):
+            chosen.pop(key, None)
     for name, values in block.sweeps.items():
         notes.append(
             f"run block `{block.name}` sweeps {name} over {len(values)} values; one run trains one:"

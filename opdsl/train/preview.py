@@ -8,6 +8,7 @@ from typing import Any
 from opdsl.train import models
 from opdsl.train.bindings import EMBEDDED, START
 from opdsl.train.plan import Plan, complete
+from opdsl.train.teachers.distant import open_all
 
 _GB = 1e9
 
@@ -70,7 +71,12 @@ def preview(method, plan: Plan) -> Preview:
         needs["critic"] = ", ".join(method.needs.values)
     parameters, memory, notes, rows = {}, {}, (), None
     sources = {"student": plan.student} | dict(plan.teachers)
-    named = {role: source for role, source in sources.items() if source not in (EMBEDDED, START)}
+    elsewhere = open_all(method.spec, plan.teachers, plan.settings)
+    named = {
+        role: source
+        for role, source in sources.items()
+        if source not in (EMBEDDED, START) and role not in elsewhere
+    }
     for role, source in named.items():
         models.check_source(source, role)
     for role, source in named.items():
@@ -88,9 +94,11 @@ def preview(method, plan: Plan) -> Preview:
 
         tokenizer = models.load_tokenizer(plan.student, "student")
         contexts = [models.context_of(source, role) for role, source in named.items()]
+        contexts += elsewhere.contexts()
         data = file_data(method, plan, tokenizer, contexts)
         rows, notes = data.rows, tuple(data.notes)
         plan = replace(plan, max_tokens=data.max_new_tokens)
+    notes += tuple(elsewhere.lines())
     return Preview(complete(plan, method, rows), needs, rows, parameters, memory, notes)
 
 

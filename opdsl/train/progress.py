@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: a live bar on a terminal, short lines elsewhere.
+"""What a user sees while a run goes on: a live view on a terminal, short lines elsewhere.
 
 Everything goes to stderr; stdout is for results. Nothing here decides anything.
 """
@@ -83,54 +83,11 @@ class Plain(Silent):
         self._line(text)
 
 
-class Live(Silent):
-    """One rich progress bar per stage and one for the steps."""
-
-    def __init__(self, console=None):
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
-        self.console = console or Console(stderr=True)
-        self.bars = Bars(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            refresh_per_second=8,
-        )
-        self.bars.start()
-        self._tasks: dict[str, Any] = {}
-
-    def _task(self, name: str, total: float):
-        if name not in self._tasks:
-            self._tasks[name] = self.bars.add_task(name, total=total, text="")
-        return self._tasks[name]
-
-    def stage(self, name: str, fraction: float, note: str) -> None:
-        self.bars.update(self._task(name, 1.0), completed=fraction, text=note)
-
-    def begin(self, total: int, done: int) -> None:
-        for task in self._tasks.values():
-            self.bars.remove_task(task)
-        self._tasks.clear()
-        self.bars.update(self._task("steps", total), completed=done)
-
-    def step(self, step: int, record: dict[str, Any], tokens_per_second: float) -> None:
-        text = "critic warm-up" if step < 0 else figures(record, tokens_per_second)
-        self.bars.update(self._task("steps", 0), completed=max(0, step + 1), text=text)
-
-    def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
-
-    def close(self) -> None:
-        self.bars.stop()
-
-
 def make_progress(json_output: bool = False) -> Progress:
     """Live on a terminal, plain lines otherwise."""
     if sys.stderr.isatty() and not json_output:
+        from opdsl.train.live import Live
+
         return Live()
     return Plain()
 

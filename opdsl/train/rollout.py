@@ -1,27 +1,31 @@
 """Sampling whole responses from a causal language model.
 
-One key-value-cache loop of our own: inverse-CDF sampling (one uniform number per row and
-step, so a row's random numbers do not depend on the other rows), the log-probability under
-the distribution actually sampled from, finished rows dropped from the batch a quarter at a time,
-and prompts that occur several times run through the model once.
+One loop of our own: inverse-CDF sampling (one uniform number per row and step, so a row's random
+numbers do not depend on the other rows), the log-probability under the distribution actually
+sampled from, ended rows left out when enough have ended, and prompts that occur several times read
+once. Entropy and the most probable tokens of every state can be noted on the way.
 
-It speaks the generic transformers interface only (`input_ids`, `position_ids`,
-`attention_mask`, `cache`, `use_cache`; before transformers 5.24 the cache is called
+How the model's steps are taken is chosen in `decode_start`: a growing cache, a recorded step
+on a CPU, a captured one on CUDA. All speak the generic transformers interface only (`input_ids`,
+`position_ids`, `attention_mask`, `cache`, `use_cache`; before transformers 5.24 the cache is called
 `past_key_values`). Models whose forward takes neither go through their own `generate`.
 
-Shapes: B rows (responses), U different prompts, P prompt tokens, T response tokens, V vocabulary.
+Shapes: B rows (responses), T response tokens, K kept most probable tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from opdsl.train.cache import make_room
+from opdsl.train.decode_generate import Notes, Sampling, by_batching, by_generate, found
+from opdsl.train.decode_start import start
+from opdsl.train.decode_steps import cache_name
 from opdsl.train.sampling import Sampler, blocked_head, inverse_cdf, sampling_logprobs
+
+BACKENDS = ("own", "generate_batch")
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,19 @@ class Rollouts:
         drawn from, temperature and truncation included; with greedy decoding under the
         untempered distribution of the model; 0 behind `lengths`
     finished [B] bool: ended by the end token, not by the length cap
+    entropy [B, T] float32: nats, of the model's own distribution (temperature 1, not truncated) at
+        the state each token was drawn in; 0 behind `lengths`. None: not asked for
+    top_ids [B, T, K] int64, top_logprobs [B, T, K] float32: the most probable tokens of the same
+        distribution, best first; `pad` and 0 behind `lengths`. None: not asked for
     """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
     logprobs: torch.Tensor
     finished: torch.Tensor
+    entropy: torch.Tensor | None = None
+    top_ids: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
 
     def rows(self) -> list[list[int]]:
         """The responses as lists without padding."""
@@ -58,34 +69,51 @@ def decode(
     top_p: float = 1.0,
     top_k: int | None = None,
     greedy: bool = False,
+    entropy: bool = False,
+    top: int = 0,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
+    backend: str = "own",
+    steps: str = "auto",
 ) -> Rollouts:
     """Sample one response per prompt.
 
     prompts: token ids, equally long or ragged (padded on the left here, with a mask and the
     position ids each row would have alone). eos: the end token, or several of them.
+    entropy, top: note the entropy and the `top` most probable tokens of every state on the way.
     generator: lives on the CPU, where the uniform numbers are drawn, so that CPU and GPU runs
     use the same ones; None uses torch's own. The model's training mode is put back; no gradient
-    is recorded.
+    is recorded. backend: "own", or "generate_batch" for transformers' continuous batching. steps:
+    one of `decode_start.WAYS`, to insist on one.
 
-    Raises ValueError for no prompts, an empty prompt, or settings outside their range, and
-    NonFiniteLogits (a FloatingPointError) where the model's logits are no distribution.
+    Raises ValueError for no prompts, an empty prompt, or settings outside their range,
+    NonFiniteLogits (a FloatingPointError) where the model's logits are no distribution, and
+    RunProblem where the backend is not to be had.
     """
     _check(prompts, max_new_tokens, temperature, top_p, top_k)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if top < 0:
+        raise ValueError(f"top must be at least 0, not {top}")
     stops = (eos,) if isinstance(eos, int) else tuple(eos)
     device = torch.device(device) if device is not None else next(model.parameters()).device
+    sampling = Sampling(temperature, top_p, top_k, greedy, entropy, top)
+    given = model, list(prompts), max_new_tokens, stops, pad, sampling, generator, device
     was_training = model.training
     if was_training:
         model.eval()
     try:
         with torch.no_grad(), blocked_head(model, len(prompts), max_new_tokens):
-            settings = (temperature, top_p, top_k, greedy)
-            loop = _cached_loop if cache_name(model) else _hf_generate
-            return loop(model, prompts, max_new_tokens, stops, pad, settings, generator, device)
+            if backend == "generate_batch":
+                sampled = by_batching(*given)
+            elif cache_name(model) is None:
+                sampled = by_generate(*given)
+            else:
+                sampled = _own(*given, steps)
     finally:
         if was_training:
             model.train()
+    return _rollouts(*sampled)
 
 
 def _check(prompts, max_new_tokens, temperature, top_p, top_k) -> None:
@@ -115,167 +143,73 @@ class NonFiniteLogits(FloatingPointError):
         )
 
 
-def _check_finite(logprobs_BT: torch.Tensor) -> None:
+def check_finite(logprobs_BT: torch.Tensor) -> None:
+    """Raise NonFiniteLogits where a log-probability is NaN."""
     bad = torch.isnan(logprobs_BT).nonzero()
     if len(bad):
         raise NonFiniteLogits(*bad[0].tolist())
 
 
-def cache_name(model) -> str | None:
-    """What the key-value cache is called, as an argument and in the output; None: there is none.
-
-    transformers 5.24 renamed `past_key_values` to `cache`; the old name goes with 5.40.
-    """
-    taken = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in taken), None)
-
-
-def _is_any(tokens: torch.Tensor, stops: tuple[int, ...]) -> torch.Tensor:
-    """Boolean tensor: the token is one of the end tokens."""
-    found = tokens == stops[0]
-    for stop in stops[1:]:
-        found = found | (tokens == stop)
-    return found
-
-
-def _left_pad(prompts, pad: int, device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """ids [U, P] and mask [U, P] (None where all prompts are equally long)."""
-    longest = max(map(len, prompts))
-    ids_UP = torch.tensor(
-        [[pad] * (longest - len(p)) + list(p) for p in prompts], dtype=torch.int64, device=device
-    )
-    if all(len(p) == longest for p in prompts):
-        return ids_UP, None
-    # The mask comes from the lengths: a prompt may well contain the pad id.
-    lengths_U1 = torch.tensor([[len(p)] for p in prompts], device=device)
-    return ids_UP, torch.arange(longest, device=device) >= longest - lengths_U1
-
-
-PACK = 0.25  # share of ended rows from which it pays to copy the cache without them
-
-
-def _cached_loop(model, prompts, max_new, stops, pad, settings, generator, device) -> Rollouts:
-    temperature, top_p, top_k, greedy = settings
+def _own(model, prompts, max_new, stops, pad, sampling: Sampling, generator, device, way: str):
+    """The loop: sample, note, leave out rows that ended, step."""
     B = len(prompts)
-    index: dict[tuple[int, ...], int] = {}
-    row_of_B = [index.setdefault(tuple(p), len(index)) for p in prompts]
-    ids_UP, mask_UP = _left_pad(list(index), pad, device)
-
-    arguments = {"input_ids": ids_UP, "use_cache": True, "logits_to_keep": 1}
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        del arguments["logits_to_keep"]
-    mask_BL = position_B1 = None
-    if mask_UP is not None:
-        position_UP = (mask_UP.long().cumsum(-1) - 1).clamp(min=0)
-        arguments |= {"attention_mask": mask_UP.long(), "position_ids": position_UP}
-    held = cache_name(model)
-    assert held is not None
-    out = model(**arguments)
-    cache, logits_BV = getattr(out, held), out.logits[:, -1]
-    if len(index) < B:
-        rows = torch.tensor(row_of_B, device=device)
-        cache.batch_select_indices(rows)
-        logits_BV = logits_BV[rows]
-        if mask_UP is not None:
-            mask_UP, position_UP = mask_UP[rows], position_UP[rows]
-    if mask_UP is not None:
-        mask_BL, position_B1 = mask_UP.long(), position_UP[:, -1:]
-
+    steps, logits_BV = start(model, prompts, max_new, pad, device, way)
     tokens_BT = torch.full((B, max_new), pad, dtype=torch.int64, device=device)
-    logprobs_BT = torch.zeros((B, max_new), dtype=torch.float32, device=device)
+    notes = Notes.empty(B, max_new, sampling, pad, device)
     lengths_B = torch.zeros(B, dtype=torch.int64, device=device)
     finished_B = torch.zeros(B, dtype=torch.bool, device=device)
-    alive = torch.arange(B, device=device)  # row of the result that each running row writes
+    # Rows of the result that the running rows write; a slice while it is all of them.
+    alive: slice | torch.Tensor = slice(None)
     # All uniform numbers at once, row by row: dropping rows changes nobody's numbers, and chunks
     # decoded one after the other from one generator get the numbers the whole batch would.
-    uniform_BT = None if greedy else torch.rand((B, max_new), generator=generator).to(device)
+    uniform_BT = None
+    if not sampling.greedy:
+        uniform_BT = torch.rand((B, max_new), generator=generator).to(device)
 
-    make_room(cache, max_new)
-    sample = Sampler(temperature, top_p, top_k, greedy)
+    sample = Sampler(sampling.temperature, sampling.top_p, sampling.top_k, sampling.greedy)
     for t in range(max_new):
         token_B, logp_B = sample(logits_BV, None if uniform_BT is None else uniform_BT[alive, t])
         open_B = ~finished_B[alive]
-        # rows that ended before are still computed until enough of them have: see PACK
+        # rows that ended before are still computed until it pays to leave them out
         tokens_BT[alive, t] = torch.where(open_B, token_B, pad)
-        logprobs_BT[alive, t] = torch.where(open_B, logp_B, 0.0)
+        notes.write(alive, t, open_B, logp_B, logits_BV)
         lengths_B[alive] += open_B
-        finished_B[alive] |= _is_any(token_B, stops)
-        keep = (~finished_B[alive]).nonzero().squeeze(-1)
-        if t + 1 == max_new or len(keep) == 0:
+        finished_B[alive] |= found(token_B, stops)
+        if t + 1 == max_new:
             break
-        if len(keep) <= (1 - PACK) * len(alive):
-            alive, token_B = alive[keep], token_B[keep]
-            cache.batch_select_indices(keep)
-            if mask_BL is not None:
-                mask_BL, position_B1 = mask_BL[keep], position_B1[keep]
-        step = {"input_ids": token_B.unsqueeze(-1), held: cache, "use_cache": True}
-        if mask_BL is not None:
-            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(alive), 1)], 1)
-            position_B1 = position_B1 + 1
-            step |= {"attention_mask": mask_BL, "position_ids": position_B1}
-        out = model(**step)
-        cache, logits_BV = getattr(out, held), out.logits[:, -1]
+        if (t + 1) % steps.look_every == 0:
+            keep = (~finished_B[alive]).nonzero().squeeze(-1)
+            if len(keep) == 0:
+                break
+            if len(keep) <= (1 - steps.drop_from) * len(token_B):
+                alive = torch.arange(B, device=device)[alive][keep]
+                token_B = token_B[keep]
+                steps.keep(keep)
+        logits_BV = steps.step(token_B)
+    steps.close()
+    return tokens_BT, lengths_B, finished_B, notes
 
-    _check_finite(logprobs_BT)
+
+def _rollouts(tokens_BT, lengths_B, finished_B, notes: Notes) -> Rollouts:
+    check_finite(notes.logprobs_BT)
     T = int(lengths_B.max())
-    return Rollouts(tokens_BT[:, :T], lengths_B, logprobs_BT[:, :T], finished_B)
 
+    def cut(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x[:, :T]
 
-def _hf_generate(model, prompts, max_new, stops, pad, settings, generator, device) -> Rollouts:
-    """The same through `model.generate`, for recurrent and other models without this cache.
-
-    `generate` draws from torch's global generator, so that one is seeded from ours for the
-    duration and put back afterwards.
-    """
-    temperature, top_p, top_k, greedy = settings
-    ids_BP, mask_BP = _left_pad(prompts, pad, device)
-    if mask_BP is None:
-        mask_BP = torch.ones_like(ids_BP, dtype=torch.bool)
-    chosen: dict = {"do_sample": False}
-    if not greedy:
-        chosen = {
-            "do_sample": True,
-            "temperature": float(temperature),
-            "top_p": top_p,
-            "top_k": top_k or 0,
-        }
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids_BP,
-            attention_mask=mask_BP.long(),
-            max_new_tokens=max_new,
-            eos_token_id=list(stops),
-            pad_token_id=pad,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **chosen,
-        )
-    tokens_BT = out.sequences[:, ids_BP.shape[1] :].clone()
-    is_eos_BT = _is_any(tokens_BT, stops)
-    finished_B = is_eos_BT.any(-1)
-    T = tokens_BT.shape[1]
-    lengths_B = torch.where(finished_B, is_eos_BT.int().argmax(-1) + 1, T)
-    logprobs_BT = torch.zeros(tokens_BT.shape, dtype=torch.float32, device=device)
-    for t, logits_BV in enumerate(out.logits):
-        logp_BV = (
-            logits_BV.float().log_softmax(-1)
-            if greedy
-            else sampling_logprobs(logits_BV, temperature, top_p, top_k)
-        )
-        logprobs_BT[:, t] = logp_BV.gather(-1, tokens_BT[:, t : t + 1]).squeeze(-1)
-    _check_finite(logprobs_BT)
-    inside_BT = torch.arange(T, device=device) < lengths_B.unsqueeze(-1)
     return Rollouts(
-        tokens_BT.masked_fill(~inside_BT, pad),
+        tokens_BT[:, :T],
         lengths_B,
-        logprobs_BT.masked_fill(~inside_BT, 0.0),
+        notes.logprobs_BT[:, :T],
         finished_B,
+        cut(notes.entropy_BT),
+        cut(notes.top_ids_BTK),
+        cut(notes.top_logprobs_BTK),
     )
 
 
 __all__ = [
+    "BACKENDS",
     "NonFiniteLogits",
     "Rollouts",
     "cache_name",

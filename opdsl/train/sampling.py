@@ -89,19 +89,17 @@ class Sampler:
         self.greedy = greedy
         self.buffer: torch.Tensor | None = None
 
-    def _weights(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """exp(z − max z) [B, W], zero behind V, and max z [B, 1], z in float32."""
-        B, V = logits_BV.shape
+    def _weights(self, z_BV: torch.Tensor) -> torch.Tensor:
+        """softmax z [B, W] in float32, zero behind V, in a buffer that is kept."""
+        B, V = z_BV.shape
         if self.buffer is None or len(self.buffer) < B:
             shape = (B, V + -V % BLOCK)
-            self.buffer = torch.zeros(shape, dtype=torch.float32, device=logits_BV.device)
+            self.buffer = torch.zeros(shape, dtype=torch.float32, device=z_BV.device)
         weights_BW = self.buffer[:B]
-        z_BV = weights_BW[:, :V]
-        if self.temperature != 1.0 or logits_BV.dtype != torch.float32:
-            logits_BV = z_BV.copy_(logits_BV).div_(self.temperature)
-        peak_B1 = logits_BV.amax(-1, keepdim=True)
-        torch.sub(logits_BV, peak_B1, out=z_BV).exp_()
-        return weights_BW, peak_B1
+        if weights_BW.shape[1] == V:
+            return torch.softmax(z_BV, -1, out=weights_BW)
+        weights_BW[:, :V] = z_BV.softmax(-1)
+        return weights_BW
 
     def __call__(
         self, logits_BV: torch.Tensor, uniform_B: torch.Tensor | None
@@ -114,15 +112,31 @@ class Sampler:
             logp_BV = sampling_logprobs(logits_BV, self.temperature, top_p, top_k)
             token_B = inverse_cdf(logp_BV, uniform_B)
             return token_B, logp_BV.gather(-1, token_B.unsqueeze(-1)).squeeze(-1)
-        weights_BW, peak_B1 = self._weights(logits_BV)
+        z_BV = logits_BV.float()
+        if self.temperature != 1.0:
+            z_BV = z_BV / self.temperature
+        weights_BW = self._weights(z_BV)
         if self.greedy:
-            token_B, total_B = logits_BV.argmax(-1), weights_BW.sum(-1)
+            token_B, total_B = logits_BV.argmax(-1), 1.0
         else:
             assert uniform_B is not None
             token_B, total_B = pick(weights_BW, uniform_B)
             token_B = token_B.clamp(max=V - 1)
-        z_B = logits_BV.gather(-1, token_B.unsqueeze(-1)).squeeze(-1).float() / self.temperature
-        return token_B, z_B - peak_B1.squeeze(-1) - total_B.log()
+        chosen_B = weights_BW.gather(-1, token_B.unsqueeze(-1)).squeeze(-1)
+        return token_B, (chosen_B / total_B).log()
+
+
+def own_entropy(logits_BV: torch.Tensor) -> torch.Tensor:
+    """Entropy [B] (nats) of the model's own distribution, neither tempered nor truncated."""
+    z_BV = logits_BV.float()
+    return torch.special.entr(z_BV.softmax(-1)).sum(-1)
+
+
+def own_top(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's own k most probable tokens [B, k] and their log-probabilities, best first."""
+    z_BV = logits_BV.float()
+    z_BK, ids_BK = z_BV.topk(k, -1)
+    return ids_BK, z_BK - z_BV.logsumexp(-1, keepdim=True)
 
 
 # ---- a head for few rows ---------------------------------------------------------------------
@@ -172,7 +186,7 @@ class _Blocks:
         V, H = head.weight.shape
         blocks = -(-V // COLUMNS)
         self.width = V
-        self.products = self.logits = torch.empty(blocks, 0, COLUMNS)
+        self.logits = torch.empty(0, blocks, COLUMNS)
         self.weight_GHK = torch.empty(blocks, H, COLUMNS)
         whole = V // COLUMNS
         self.weight_GHK[:whole] = head.weight[: whole * COLUMNS].view(-1, COLUMNS, H).mT
@@ -184,11 +198,11 @@ class _Blocks:
         """The result is overwritten by the next call."""
         n_nH = hidden.reshape(-1, hidden.shape[-1])
         n, (blocks, _, columns) = len(n_nH), self.weight_GHK.shape
-        if self.products.shape[1] != n:
-            self.products = torch.empty(blocks, n, columns)
+        if len(self.logits) != n:
             self.logits = torch.empty(n, blocks, columns)
-        torch.bmm(n_nH.expand(blocks, *n_nH.shape), self.weight_GHK, out=self.products)
-        logits_nV = self.logits.copy_(self.products.transpose(0, 1)).view(n, -1)[:, : self.width]
+        out_GnK = self.logits.transpose(0, 1)  # every block's product goes to its place in a row
+        torch.bmm(n_nH.expand(blocks, *n_nH.shape), self.weight_GHK, out=out_GnK)
+        logits_nV = self.logits.view(n, -1)[:, : self.width]
         if self.bias is not None:
             logits_nV += self.bias
         return logits_nV.view(*hidden.shape[:-1], -1)

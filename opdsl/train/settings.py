@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from opdsl.train.errors import problem
+from opdsl.train.watch import Rule
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class RunSettings:
     prompts: prompts per optimizer step (rows = prompts x group). micro_batch: rows per
     backward pass; the result does not depend on it. skip_nonfinite: how many non-finite steps
     may be skipped before the run stops (0: stop at the first). pair_seed: seed of the embedded
-    models; seed: of data, rollouts and mixing.
+    models; seed: of data, rollouts and mixing. measure_every: steps between full measurements;
+    they never change the run.
     """
 
     out: str | None = None
@@ -36,7 +38,10 @@ class RunSettings:
     teachers: Mapping[str, str] = field(default_factory=dict)  # "" = every external teacher
     data: str | None = None
     eval_data: str | None = None
-    verifier: str | None = None  # None: by the kind of reference, see data.FileData.verify
+    verifier: str | None = None  # None: by the kind of reference, see `verifiers`
+    verifier_limits: str | None = None  # "time=30,memory=4GB", see `sandbox`
+    columns: str | None = None  # "prompt=question,reference=answer", see `rows`
+    curriculum: str | None = None  # "pass_rate=0.1..0.9", see `curriculum`
     seed: int | None = None
     pair_seed: int = 0
     steps: int | None = None
@@ -51,10 +56,19 @@ class RunSettings:
     device: str | None = None
     precision: str | None = None
     optimize: Mapping[str, object] = field(default_factory=dict)
+    teacher_failure: str | None = None  # halt | pause | drop_batch(N), see `teachers.link`
+    teacher_timeout: float | None = None  # seconds for the scores of one batch
+    teacher_key_env: str | None = None  # environment variable with a server's key
+    offload_teacher: bool = False
     resume: bool = False
+    allow_change: tuple[str, ...] = ()  # what may differ when resuming; "all" for everything
+    guards: Mapping[str, Rule] = field(default_factory=dict)  # see `watch`
     skip_nonfinite: int = 0
     skip_bad_rows: bool = False
     long_prompts: str = "refuse"  # refuse | drop | cut
+    measure_every: int | None = None  # 0: off; None: see `meters`
+    log: tuple[str, ...] = ()  # sinks beside the files, see `sinks`
+    words: tuple[str, ...] = ()  # the command line, for the report
     report: bool = True
     export: bool = True
     cache_dir: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,17 @@ from opdsl.train.critic import Critic
 from opdsl.train.data import FileData, FileOptions
 from opdsl.train.errors import problem
 from opdsl.train.forward import Forward
+from opdsl.train.meters import EVERY, EVERY_FUSED, Meters
 from opdsl.train.plan import Plan, complete
 from opdsl.train.progress import Progress
 from opdsl.train.runtime import Runtime, make_runtime
 from opdsl.train.states import States
 from opdsl.train.step import Engine
+from opdsl.train.teachers.distant import open_all, probes
 from opdsl.train.teachers.local import frozen_copy
 from opdsl.train.teachers.make import TeacherMaker
+from opdsl.train.teachers.sources import is_distant
+from opdsl.train.watch import Watch, rules
 
 FUSED_FROM = 16_384  # vocabulary size above which no [B, T, V] tensor is made
 HASH_LIMIT = 200_000_000  # parameters up to which weights are hashed for the identity of a run
@@ -41,6 +45,7 @@ class Session:
     runtime: Runtime
     parameters: int
     identity: dict[str, str]
+    changes: list[str] = field(default_factory=list)  # of settings, allowed when resuming
 
     def sample(self, ids: list[Sequence[int]], **settings: Any):
         """Responses of the student of this moment, for evaluation."""
@@ -81,13 +86,17 @@ def build(method, plan: Plan, progress: Progress) -> Session:
     """Load or build everything a plan names. Raises RunProblem for anything missing."""
     settings = plan.settings
     runtime = make_runtime(settings.device, settings.precision, tiny=plan.embedded)
+    distant = open_all(method.spec, plan.teachers, settings)
     student, loaded, tokenizers = _models(plan, runtime, progress)
     if plan.recipe.adapter:
         student = models.add_adapter(student, plan.recipe.adapter, plan.seed)
     else:
         student.requires_grad_(True)
-    vocabulary = models.common_vocabulary(student, loaded, tokenizers)
-    data = _data(method, plan, tokenizers.get("student"), student, loaded)
+    vocabulary = min(
+        models.common_vocabulary(student, loaded, tokenizers),
+        *(distant.rows(student, tokenizers.get("student")) or [1 << 31]),
+    )
+    data = _data(method, plan, tokenizers.get("student"), student, loaded, distant.contexts())
     head = models.known_head(student, vocabulary)
     # A head that is more than product, scale and soft cap needs logits throughout.
     others = [models.known_head(model, vocabulary) for model in loaded.values()]
@@ -95,8 +104,14 @@ def build(method, plan: Plan, progress: Progress) -> Session:
     plan = complete(
         replace(plan, max_tokens=min(plan.max_tokens, data.max_new_tokens)), method, data.rows
     )
-    maker = TeacherMaker(method, student, data, runtime, vocabulary, fused, settings.micro_batch)
+    distant.check_data(data)
+    maker = TeacherMaker(
+        method, student, data, runtime, vocabulary, fused, settings.micro_batch,
+        settings.offload_teacher, distant, progress.note,
+    )  # fmt: skip
     teachers, initial = maker.make(loaded)
+    for name in distant.links:
+        data.notes.extend(teachers[name].begin(probes(data)))
     old = _old(method, student)
     policies = {"student": lambda: models.bare(student)}
     if old is not None:
@@ -127,8 +142,10 @@ def build(method, plan: Plan, progress: Progress) -> Session:
         recipe=plan.recipe,
         runtime=runtime,
         micro_batch=settings.micro_batch,
+        watched=Watch(rules(settings.guards)),
+        meters=_meters(method, data, plan, fused, progress),
     )
-    identity = _identity(method, student, loaded, tokenizers, data)
+    identity = _identity(method, student, loaded, tokenizers, data) | distant.identity()
     return Session(
         plan,
         method,
@@ -153,7 +170,9 @@ def _models(plan: Plan, runtime: Runtime, progress: Progress):
     by_source: dict[str, Any] = {}
     student = None
     # Everything is looked up before anything large is loaded.
-    for role, source in [("student", plan.student), *plan.teachers.items()]:
+    here = {n: s for n, s in plan.teachers.items() if not is_distant(s)}
+    place = torch.device("cpu") if plan.settings.offload_teacher else runtime.device
+    for role, source in [("student", plan.student), *here.items()]:
         if source not in (EMBEDDED, START):
             models.check_source(source, role)
     if {EMBEDDED, START} & {plan.student, *plan.teachers.values()}:
@@ -172,12 +191,10 @@ def _models(plan: Plan, runtime: Runtime, progress: Progress):
         student = models.load_model(plan.student, "student", torch.float32, runtime.device)
         tokenizers["student"] = models.load_tokenizer(plan.student, "student")
         progress.stage("student", 1.0, "loaded")
-    for name, source in plan.teachers.items():
+    for name, source in here.items():
         if source not in by_source:
             progress.stage(f"teacher {name}", 0.0, f"loading {source}")
-            by_source[source] = models.load_model(
-                source, name, runtime.frozen_dtype, runtime.device
-            )
+            by_source[source] = models.load_model(source, name, runtime.frozen_dtype, place)
             tokenizers[source] = models.load_tokenizer(source, name)
             progress.stage(f"teacher {name}", 1.0, "loaded")
         loaded[name] = by_source[source].requires_grad_(False).eval()
@@ -185,7 +202,8 @@ def _models(plan: Plan, runtime: Runtime, progress: Progress):
     return student.eval(), loaded, tokenizers
 
 
-def _data(method, plan: Plan, tokenizer, student, loaded):
+def _data(method, plan: Plan, tokenizer, student, loaded, contexts: list[int | None]):
+    """The prompts. contexts: limits of models that are not in this process."""
     if plan.task is not None:
         from opdsl.train.embedded import get_task
 
@@ -193,7 +211,8 @@ def _data(method, plan: Plan, tokenizer, student, loaded):
         invented = invented_fields(method, tuple(task.prompts(0, 0, 1)[0].fields))
         return TaskData(task, plan.seed, invented, templates(method.spec))
     configs = [models.bare(m).config for m in (student, *loaded.values())]
-    return file_data(method, plan, tokenizer, [models.context_limit(c) for c in configs])
+    limits = [*(models.context_limit(c) for c in configs), *contexts]
+    return file_data(method, plan, tokenizer, limits)
 
 
 def file_data(method, plan: Plan, tokenizer, contexts: list[int | None]) -> FileData:
@@ -223,8 +242,23 @@ def file_data(method, plan: Plan, tokenizer, contexts: list[int | None]) -> File
         needs_response=bool(needs.golden or sources & {"data", "golden"} or prefixed),
         needs_reference=bool(needs.outcome),
         verifier=settings.verifier,
+        verifier_limits=settings.verifier_limits,
+        columns=settings.columns,
+        curriculum=settings.curriculum,
     )
     return FileData(plan.data or "", tokenizer, options, plan.eval_data)
+
+
+def _meters(method, data, plan: Plan, fused: bool, progress: Progress) -> Meters:
+    """What is measured beside the loss; responses are recorded where accuracy is measured too."""
+    every = plan.settings.measure_every
+    return Meters(
+        method,
+        data,
+        every=(EVERY_FUSED if fused else EVERY) if every is None else every,
+        shown=frozenset({1, *plan.evals}) if plan.settings.report else frozenset(),
+        say=progress.note,
+    )
 
 
 def _old(method, student) -> OldStudent | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from opdsl.train.memory import within_memory
 from opdsl.train.mixed import blend, decode_mixed, interleave
 from opdsl.train.rollout import Rollouts, decode
 from opdsl.train.streams import allocate, torch_generator
@@ -94,6 +95,7 @@ class States:
         self.sources, self.data, self.policy, self.view = tuple(sources), data, policy, view
         self.count, self.steps, self.seed = prompts, steps, seed
         self.vocabulary, self.runtime, self.chunk = vocabulary, runtime, chunk
+        self.halved = 0  # how often memory ran out while sampling
 
     def rows(self, step: int) -> Rows:
         """The batch of a step. Rows without tokens or with unusable ids are dropped, counted."""
@@ -160,7 +162,25 @@ class States:
         return self._chunks(source, [self.policy(name) for name in who], ids, settings)
 
     def _chunks(self, source, models: list[Any], ids: list, settings: dict) -> Rollouts:
-        """The generator moves on from chunk to chunk, so equal settings give equal responses."""
+        """The generator moves on from chunk to chunk, so equal settings give equal responses.
+
+        Where memory runs out the call begins anew with half the rows at a time.
+        """
+        generator = settings.get("generator")
+        start = generator.get_state() if generator is not None else None
+
+        def smaller() -> bool:
+            size = min(self.chunk or len(ids[0]), len(ids[0]))
+            if size > 1:
+                self.chunk = (size + 1) // 2
+                self.halved += 1
+                if start is not None:
+                    generator.set_state(start)
+            return size > 1
+
+        return within_memory(lambda: self._in_chunks(source, models, ids, settings), smaller)
+
+    def _in_chunks(self, source, models: list[Any], ids: list, settings: dict) -> Rollouts:
         count = len(ids[0])
         chunk = self.chunk or count
         settings |= {"eos": self.data.eos, "pad": self.data.pad, "device": self.runtime.device}

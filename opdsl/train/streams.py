@@ -24,6 +24,19 @@ def torch_generator(seed: int, stream: str, step: int = 0):
     return torch.Generator().manual_seed(seed_for(seed, stream, step))
 
 
+def seed_everything(seed: int, step: int) -> None:
+    """Seed the generators that code outside the trainer may draw from, for one step.
+
+    Nothing here uses them; a model's dropout or a user's verifier might. Seeded by the step they
+    need no place in a checkpoint.
+    """
+    import torch
+
+    number = seed_for(seed, "everything", step)
+    random.seed(number)
+    torch.manual_seed(number)
+
+
 def allocate(shares: list[float], n: int, seed: int, step: int) -> list[int]:
     """Which of several sources each of `n` slots goes to; shares are probabilities, sum 1.
 

@@ -6,20 +6,18 @@
 A verdict is a score in 0..1 or an *error*; an error is never a score of 0, because a broken
 verifier would otherwise teach the student that everything is wrong. Model text is data: it is
 matched by bounded patterns and parsed by `Decimal`, never evaluated. The verifiers here run in
-process because they run nothing that a text could make long; anything that executes a text
-belongs in a limited subprocess.
+process because they run nothing that a text could make long; all others run in a limited
+subprocess (`verifiers`).
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 MAX_TEXT = 100_000  # characters; longer responses are an error, not a long wait
-MAX_DIGITS = 400  # digits of one number, exponent included in its value
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,16 @@ class Verdict:
 
     score: float | None
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One response to judge. reference: the row's right answer, or None; fields: its text fields."""
+
+    prompt: str
+    response: str
+    reference: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 Verifier = Callable[[str, str], Verdict]
@@ -94,65 +102,42 @@ def text(response: str, reference: str) -> float:
 
 @register("numeric")
 def numeric(response: str, reference: str) -> float:
-    """The last number of the response equals the reference's last number, relative error 1e-6.
+    """The last number of the response agrees with the reference's: whole numbers exactly, others
+    to a relative error of 1e-6.
 
-    A boxed answer (`\\boxed{...}`), or failing that a line after `####`, wins over later
-    numbers. Understands signs, thousands separators, decimals, exponents, percent signs and
-    simple fractions. A response without a number scores 0; a reference without one is an error.
+    A boxed answer, or failing that a line behind `####`, wins over later numbers; see
+    `verifiers.numbers` for what can be read. A response without a number scores 0; a reference
+    without one is an error.
     """
+    from opdsl.train.verifiers.numbers import last_number
+
     wanted = last_number(reference)
     if wanted is None:
         raise ValueError(f"the reference {reference[:40]!r} holds no number")
     found = last_number(response)
-    if found is None:
-        return 0.0
-    # Compared as Decimal: 0.1 + 0.2 questions do not arise, and big integers stay exact.
-    return float(abs(found - wanted) <= abs(wanted) * Decimal("1e-6"))
+    return 0.0 if found is None else float(found.agrees(wanted))
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalise(string: str) -> str:
-    """Lower case, compatibility forms unified, punctuation and articles out, single spaces."""
-    string = unicodedata.normalize("NFKC", string).casefold()
-    kept = "".join(c if unicodedata.category(c)[0] not in "PSC" else " " for c in string)
+    """Lower case, compatibility forms unified, punctuation and articles out, single spaces.
+
+    A sign before a digit, a decimal point and a thousands comma stay: -5 is not 5, 3.5 not 35.
+    """
+    string = unicodedata.normalize("NFKC", string).casefold().replace("−", "-")
+    kept = "".join(
+        c if unicodedata.category(c)[0] not in "PSC" or _numeric_sign(string, i) else " "
+        for i, c in enumerate(string)
+    )
     return " ".join(_ARTICLES.sub(" ", kept).split())
 
 
-_DIGITS = rf"\d{{1,{MAX_DIGITS}}}"
-_UNSIGNED = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?:\.{_DIGITS})?|{_DIGITS}(?:\.{_DIGITS})?|\.{_DIGITS})"
-_NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>[-+−]?)\$?(?P<top>{_UNSIGNED})(?!\d)(?:[eE](?P<exp>[-+]?\d{{1,3}}))?"
-    rf"(?:\s?/\s?(?P<bottom>{_UNSIGNED}))?(?P<percent>\s?%)?",
-    re.ASCII,
-)
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]{1,200})\}")
-_HASHES = re.compile(r"####\s*([^\n]{1,200})")
-
-
-def last_number(string: str) -> Decimal | None:
-    """The number a text ends on, or None; see `numeric` for what counts."""
-    for marker in (_BOXED, _HASHES):
-        marked = marker.findall(string)
-        if marked and (value := _last(marked[-1])) is not None:
-            return value
-    return _last(string)
-
-
-def _last(string: str) -> Decimal | None:
-    matches = list(_NUMBER.finditer(string))
-    if not matches:
-        return None
-    match = matches[-1]
-    try:
-        value = Decimal(match["top"].replace(",", ""))
-        if match["exp"]:
-            value = value.scaleb(int(match["exp"]))
-        if match["bottom"]:
-            value /= Decimal(match["bottom"].replace(",", ""))
-        if match["percent"]:
-            value /= 100
-    except (InvalidOperation, ZeroDivisionError):
-        return None
-    return -value if match["sign"] in ("-", "−") else value
+def _numeric_sign(string: str, i: int) -> bool:
+    """Whether the mark at `i` belongs to a number."""
+    after = string[i + 1 : i + 2].isdigit()
+    before = string[i - 1 : i] if i else ""
+    if string[i] in ".,":
+        return after and before.isdigit()
+    return string[i] == "-" and after and not before.isalnum()

@@ -1,7 +1,8 @@
 """Compiles row kernels for an H100 with Triton's real compiler, on a machine without a GPU.
 
-`python -c "…; main(); "` in a process of its own: the interpreter must be off before Triton is
-imported. Only the launch itself is left to a GPU then.
+`python -c "…; main()"` in a process of its own: the interpreter must be off before Triton is
+imported. `launches()` goes through Triton's launcher as well, up to the driver's call. What is
+left to a GPU is to run the code.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 
 import opdsl
-from opdsl.emit.kernels.triton_launch import EXACT, Launcher, jitted
+from opdsl.emit.kernels.triton_launch import EXACT, Launcher, RowPass, jitted
 from opdsl.emit.triton_rows import generate
 from opdsl.emit.triton_source import Kernel
+from support import batches, tiles
 
 NAMES = ("gkd", "entropy_aware", "cr_opd", "minillm", "sampled_opd", "topk_match")
 TILE = {False: "*fp32", True: "*bf16"}
@@ -97,3 +104,83 @@ def main() -> None:
                         found[f"{name} {st.level} {i} bf16"] = row_kernel(kernel, low=True)
     for name, kernel in found.items():
         print(f"{name:24} {spilled(kernel)} bytes spilled")
+
+
+# ---- the launcher ----------------------------------------------------------------------------------
+
+
+class Driver:
+    """Stands in for a GPU: kernels are compiled for it, their launches are written down."""
+
+    def __init__(self) -> None:
+        self.compiled: Counter[object] = Counter()
+        self.launched: list[tuple[tuple[int, int, int], tuple]] = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (1, 1, 32, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 232448},
+        )
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def launcher_cls(self, source, _metadata):
+        self.compiled[source.fn] += 1
+
+        def launch(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+            self.launched.append(((x, y, z), arguments))
+
+        return launch
+
+
+def launches() -> None:
+    """Every way rows come in, twice: no kernel is compiled more often than it has kinds of numbers."""
+    from triton.runtime import driver
+
+    from opdsl.emit.kernels import triton_restricted, triton_score
+
+    driver.set_active(fake := Driver())
+    for name in ("gkd", "cr_opd"):
+        for B, T in ((4, 3), (4, 4), (3, 1), (5, 5)):  # odd numbers of rows move every offset
+            for tile in tiles.tiles(*tile_of(name, B, T)):
+                run = RowPass(generate(tile.staged, tile.stage))
+                d, rows = tile.dists(torch.float32), tile.inputs()
+                rows = {k: shifted(v) for k, v in rows.items()}
+                run(d, rows, torch.float32, partial(torch.empty, B * T, 160))
+    generated = max(fake.compiled.values())
+    assert generated <= 3, fake.compiled  # K = 1 and multiples of 16 are kinds of their own
+    fake.compiled.clear()
+    g = torch.Generator().manual_seed(0)
+    z, w, h = torch.randn(9, 160), torch.randn(160, 32), torch.randn(9, 32)
+    for K in (1, 2, 3, 16, 17, 33, 64):
+        ids = torch.randint(0, 160, (9, K), generator=g)
+        triton_score.score(z, ids, K)
+        triton_restricted.gather_product(h, w, ids)
+        triton_restricted.pull_hidden(ids, torch.ones(9, K), w)
+        triton_restricted.pull_weight(ids, torch.ones(9, K), h, torch.zeros(160, 32))
+    # score: per power of two; the products: kinds of K (and of n K)
+    for fn, count in fake.compiled.items():
+        assert count <= (9 if "_score" in str(fn) else 6), (fn, count)
+    assert all(grid[0] > 0 and max(grid[1:]) <= 65535 for grid, _ in fake.launched)
+    print(len(fake.launched), "launches,", generated, dict(fake.compiled.items()))
+
+
+def tile_of(name: str, B: int, T: int):
+    method = opdsl.load(name)
+    names = tuple(t.name for t in method.spec.teachers if t.kind != "initial") or ("T",)
+    inputs = batches.draw(1, B, T, 160, teachers=names, golden=False)
+    return method, batches.logits(inputs, torch.float32)[0]
+
+
+def shifted(x: object):
+    """The same numbers one entry further in memory."""
+    if not isinstance(x, torch.Tensor) or x.dim() != 1:
+        return x
+    return torch.cat([x[:1], x])[1:]

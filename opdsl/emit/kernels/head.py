@@ -18,15 +18,21 @@ What this file adds is everything around the product that peers get wrong or pay
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from opdsl.emit.budget import CHUNK_RANGE, TILE_BYTES
 
+from .parallel import VocabShard
+from .parallel_gather import gather, is_spread
+
 _CAST_BYTES = 16 << 20
 MIXED = ("cuda",)  # devices with a product of half-precision matrices that gives float32
+# Entries a row of a tile is rounded up to. A tokenizer's words are an odd number (151669 of Qwen's
+# 151936 rows), and products of rows that start at odd places leave the fast paths of a GPU.
+ALIGN = {"cuda": 64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +46,8 @@ class Head:
     scale           logit multiplier (Cohere `logit_scale`, Granite 1 / `logits_scaling`)
     soft_cap        Gemma `final_logit_softcapping`, in nats
     vocab           number of real words V <= R; None: every row is a word
+    shard           weight and bias are the rows that this process holds of a larger head; see
+                    `VocabShard` for what every process gets. It names the words, `vocab` does not
 
     Raises ValueError where the shapes or numbers cannot be a head.
     """
@@ -49,6 +57,7 @@ class Head:
     scale: float = 1.0
     soft_cap: float | None = None
     vocab: int | None = None
+    shard: VocabShard | None = None
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2:
@@ -61,11 +70,40 @@ class Head:
             raise ValueError(f"vocab = {self.vocab} but the head has {self.weight.shape[0]} rows")
         if self.soft_cap is not None and not self.soft_cap > 0:
             raise ValueError(f"soft_cap must be positive or None, got {self.soft_cap}")
+        if self.shard is not None and self.shard.rows != self.weight.shape[0]:
+            raise ValueError(
+                f"the shard has {self.shard.rows} rows, its weight {self.weight.shape[0]}"
+            )
+        if self.shard is not None and self.vocab is not None:
+            raise ValueError("a sharded head takes its words from VocabShard(total=…), not vocab")
 
     @property
     def width(self) -> int:
-        """V, the number of real words."""
+        """The columns of its logits: V, the number of real words, of this process if sharded."""
+        if self.shard is not None:
+            return self.shard.columns
         return self.weight.shape[0] if self.vocab is None else self.vocab
+
+    @property
+    def words(self) -> int:
+        """V, the number of real words, on all processes together."""
+        return self.width if self.shard is None else self.shard.total
+
+    @property
+    def widest(self) -> int:
+        """Columns that chunks are sized for: every process must cut its rows alike."""
+        return self.width if self.shard is None else self.shard.widest
+
+    def gathered(self, dtype: torch.dtype | None = None) -> Head:
+        """The head with its weight and bias whole on this process, in `dtype`; see `gather`.
+
+        `Batch.from_hidden` does it where they are DTensors (FSDP2). Do it by hand once per step
+        where several batches share the head.
+        """
+        if not (is_spread(self.weight) or is_spread(self.bias)):
+            return self
+        bias = None if self.bias is None else gather(self.bias, dtype)
+        return replace(self, weight=gather(self.weight, dtype), bias=bias)
 
     def check(self, hidden: Tensor, what: str = "hidden") -> None:
         """ValueError unless `hidden` is a floating [N, H] on the head's device."""
@@ -109,6 +147,13 @@ def takes_low(hidden_type: torch.dtype, head: Head) -> bool:
     """
     low = head.weight.dtype == torch.bfloat16 and head.soft_cap is None
     return low and mixes(hidden_type, head.weight)
+
+
+def tile_memory(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised [rows, width], every row starting where products and kernels read fast."""
+    unit = ALIGN.get(device.type, 1)
+    padded = -(-width // unit) * unit
+    return torch.empty((rows, padded), dtype=dtype, device=device)[:, :width]
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0) -> None:
@@ -204,7 +249,7 @@ class HeadTile:
         self.gain = head.scale / temperature
         shape, device = (rows, head.width), self.weight.device
         if buffer is None:
-            buffer = torch.empty(shape, dtype=self.dtype, device=device)
+            buffer = tile_memory(rows, head.width, self.dtype, device)
         elif buffer.shape[0] < rows or buffer.shape[1] != shape[1] or buffer.dtype != self.dtype:
             raise ValueError(
                 f"out must be {self.dtype} [>= {rows}, {shape[1]}], "
@@ -285,11 +330,13 @@ class HeadTile:
             dweight_RH[:V].addmm_(cotangent_nV.T, hidden_nH.to(self.dtype), alpha=self.gain)
 
     def _rounded(self, cotangent_nV: Tensor) -> Tensor:
-        """The cotangent as bfloat16: a program's own, or a copy."""
-        if cotangent_nV.dtype == torch.bfloat16:
+        """The cotangent as bfloat16: a program's own, or a copy in rows that are read fast."""
+        unit = ALIGN.get(cotangent_nV.device.type, 1)
+        if cotangent_nV.dtype == torch.bfloat16 and cotangent_nV.stride(0) % unit == 0:
             return cotangent_nV
         if self._low is None:
-            self._low = torch.empty_like(self.buffer, dtype=torch.bfloat16)
+            rows, V = self.buffer.shape
+            self._low = tile_memory(rows, V, torch.bfloat16, self.buffer.device)
         return self._low[: len(cotangent_nV)].copy_(cotangent_nV)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:

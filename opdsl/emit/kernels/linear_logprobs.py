@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .head import Gradients, Head, HeadTile, largest, no_autocast, row_chunks
+from .parallel import VocabShard
 
 # exp underflows to an exact zero at -104 (float32) and -746 (float64): bounding the exponent there
 # changes no number and keeps 0 · (-inf) out of the entropy.
@@ -88,8 +89,8 @@ def linear_score(
         head.check(hidden)
     else:
         ids = _check(hidden, head, ids)
-    if k is not None and not 0 < k <= head.width:
-        raise ValueError(f"k = {k} of a vocabulary of {head.width} words")
+    if k is not None and not 0 < k <= head.words:
+        raise ValueError(f"k = {k} of a vocabulary of {head.words} words")
     read = _read(hidden, head, ids, k, temperature, entropy, chunk)
     return Score(read.max + read.logsum, read.logp, read.top_ids, read.top_logp, read.entropy)
 
@@ -117,8 +118,8 @@ def _read(
     """The forward pass: every statistic of a tile before the next one is computed."""
     from .triton_launch import scorer
 
-    N = len(hidden)
-    chunks = row_chunks(N, head.width, hidden.device, chunk)
+    N, shard = len(hidden), head.shard
+    chunks = row_chunks(N, head.widest, hidden.device, chunk)
     with no_autocast(hidden.device):
         tile = HeadTile(head, largest(chunks), hidden.dtype, temperature=temperature)
 
@@ -133,7 +134,7 @@ def _read(
             top_ids=None if k is None else new(N, k, dtype=torch.int64),
             top_logp=None if k is None else new(N, k),
         )
-        score = scorer(hidden.device, tile.dtype, k)
+        score = scorer(hidden.device, tile.dtype, k) if shard is None else None
         for start, stop in chunks:
             rows = slice(start, stop)
             s_nV = tile.logits(tile.load(hidden[rows]))
@@ -144,19 +145,29 @@ def _read(
                         whole[rows] = getattr(found, name)
                 continue
             max_n = torch.amax(s_nV, dim=1, out=out.max[rows])
+            if shard is not None:
+                shard.most(max_n)
             entropy_n = None if out.entropy is None else out.entropy[rows]
-            out.logsum[rows] = _exponentials(s_nV, max_n, entropy_n)
+            out.logsum[rows] = _exponentials(s_nV, max_n, entropy_n, shard)
             # log softmax as (s − max) − log S: exact near the maximum, at any offset.
             if ids is not None and out.logp is not None:
-                torch.gather(s_nV, 1, ids[rows], out=out.logp[rows])
+                if shard is None:
+                    torch.gather(s_nV, 1, ids[rows], out=out.logp[rows])
+                else:
+                    out.logp[rows] = shard.at(s_nV, ids[rows])
                 out.logp[rows].sub_(max_n[:, None]).sub_(out.logsum[rows, None])
             if k is not None and out.top_logp is not None and out.top_ids is not None:
-                torch.topk(s_nV, k, dim=1, out=(out.top_logp[rows], out.top_ids[rows]))
+                if shard is None:
+                    torch.topk(s_nV, k, dim=1, out=(out.top_logp[rows], out.top_ids[rows]))
+                else:
+                    out.top_logp[rows], out.top_ids[rows] = shard.largest(s_nV, k)
                 out.top_logp[rows].sub_(max_n[:, None]).sub_(out.logsum[rows, None])
     return out
 
 
-def _exponentials(s_nV: Tensor, max_n: Tensor, entropy_n: Tensor | None) -> Tensor:
+def _exponentials(
+    s_nV: Tensor, max_n: Tensor, entropy_n: Tensor | None, shard: VocabShard | None
+) -> Tensor:
     """log Σ exp(s − max) [n]; writes H = log S − Σ exp(s − max)(s − max) / S if asked. Reads s."""
     sum_n = torch.zeros_like(max_n)
     moment_n = torch.zeros_like(max_n)
@@ -169,6 +180,10 @@ def _exponentials(s_nV: Tensor, max_n: Tensor, entropy_n: Tensor | None) -> Tens
         e_nv = t_nv.exp()
         sum_n += e_nv.sum(1)
         moment_n += e_nv.mul_(t_nv).sum(1)
+    if shard is not None:
+        shard.add(sum_n)
+        if entropy_n is not None:
+            shard.add(moment_n)
     logsum_n = sum_n.log()
     if entropy_n is not None:
         torch.sub(logsum_n, moment_n / sum_n, out=entropy_n)
@@ -221,7 +236,7 @@ class _LogProbs(torch.autograd.Function):
             dense_N *= (-logsum_N).exp()
 
             kept = touched_N.nonzero().squeeze(1)
-            chunks = row_chunks(len(kept), head.width, hidden.device, ctx.chunk)
+            chunks = row_chunks(len(kept), head.widest, hidden.device, ctx.chunk)
             tile = HeadTile(
                 head, largest(chunks), hidden.dtype, temperature=ctx.temperature, adjoint=True
             )
@@ -233,12 +248,16 @@ class _LogProbs(torch.autograd.Function):
                 _softmax_adjoint(
                     s_nV, max_N[rows], dense_N[rows], None if tilt_N is None else tilt_N[rows]
                 )
-                if g_logp is not None:
+                if g_logp is not None and head.shard is not None:
+                    head.shard.scatter_add(s_nV, ids[rows], g_logp[rows])
+                elif g_logp is not None:
                     s_nV.scatter_add_(1, ids[rows], g_logp[rows])
                 dhidden_nH = None if gradients.hidden is None else gradients.hidden[rows]
                 tile.products(s_nV, h_nH, dhidden_nH, gradients.weight, gradients.bias)
                 if gradients.hidden is not None and not whole:
                     gradients.hidden[rows] = dhidden_nH
+            if head.shard is not None:
+                head.shard.add_hidden(gradients.hidden)
         return (
             None if gradients.hidden is None else gradients.hidden.to(hidden.dtype),
             None if gradients.weight is None else gradients.weight.to(weight.dtype),
@@ -268,6 +287,6 @@ def _check(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     # On an accelerator reading the extremes would stall the queue; gather asserts there.
     if ids.device.type == "cpu" and ids.numel():
         low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= head.width:
-            raise IndexError(f"ids run from {low} to {high} in a vocabulary of {head.width} words")
+        if low < 0 or high >= head.words:
+            raise IndexError(f"ids run from {low} to {high} in a vocabulary of {head.words} words")
     return ids.to(torch.int64)

@@ -90,6 +90,38 @@ class Gathered:
             into.weight.index_add_(0, ids_nK.flatten(), outer.flatten(0, 1))
 
 
+class GatheredInParts(Gathered):
+    """The same where every process holds some rows of the head (`Head.shard`)."""
+
+    def __init__(
+        self, hidden_nH: Tensor, head: Head, dtype: torch.dtype, scratch: dict | None = None
+    ):
+        super().__init__(hidden_nH, head, dtype, scratch)
+        self.here: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # rows here, whether here, ids
+
+    def at(self, ids_nK: Tensor) -> Tensor:
+        """Every word's logit comes from the process that holds it, the others add 0."""
+        head, shard = self.head, self.head.shard
+        assert shard is not None
+        here_nK, mine_nK = self.here.setdefault(id(ids_nK), (*shard.own(ids_nK), ids_nK))[:2]
+        key = id(here_nK)
+        if key not in self.rows:
+            self.rows[key] = self._gather(here_nK, len(self.rows))
+        z_nK = torch.bmm(self.rows[key], self.hidden[:, :, None])[:, :, 0]
+        if head.bias is not None:
+            z_nK = z_nK + head.bias.detach()[here_nK].to(self.dtype)
+        z_nK = shard.add(z_nK.masked_fill(~mine_nK, 0.0)) * head.scale
+        self.slope[key] = mine_nK * torch.full_like(z_nK, head.scale)
+        if head.soft_cap is not None:
+            t = torch.tanh(z_nK / head.soft_cap)
+            self.slope[key] *= 1 - t * t
+            z_nK = head.soft_cap * t
+        return z_nK
+
+    def products(self, ids_nK: Tensor, cotangent_nK: Tensor, into: Gradients, where: slice) -> None:
+        super().products(self.here[id(ids_nK)][0], cotangent_nK, into, where)
+
+
 def linear_restricted(
     hidden: Tensor,
     head: Head,
@@ -125,10 +157,10 @@ def _pass(
     N = len(hidden)
     kept = torch.arange(N, device=hidden.device) if active is None else active.nonzero().squeeze(1)
     dtype = accumulate_type(hidden.dtype, head.weight.dtype)
-    reader = gathered(hidden.device, dtype)
+    reader = gathered(hidden.device, dtype) if head.shard is None else GatheredInParts
     if chunk is None and not others:
         chunk = reader.at_once(hidden)
-    chunks = row_chunks(len(kept), head.width, hidden.device, chunk) or [(0, 0)]
+    chunks = row_chunks(len(kept), head.widest, hidden.device, chunk) or [(0, 0)]
     tall = largest(chunks)
     sources = {name: Source(dense, tall, dtype) for name, dense in others.items()}
     values = torch.zeros(N, dtype=dtype, device=hidden.device)

@@ -19,7 +19,15 @@ from torch.autograd.function import once_differentiable
 
 from opdsl.emit.budget import strip_rows
 
-from .head import Gradients, Head, HeadTile, largest, no_autocast, row_chunks
+from .head import (
+    Gradients,
+    Head,
+    HeadTile,
+    accumulate_type,
+    largest,
+    no_autocast,
+    row_chunks,
+)
 
 Dense = Tensor | tuple[Tensor, Head]
 """Logits [N, V] of another model, or its (hidden [N, H2], Head); constants either way."""
@@ -96,6 +104,8 @@ def delivered(
     with torch.no_grad(), no_autocast(hidden.device):
         into = Gradients.zeros(hidden, head, needs)
         values, extras = run(into)
+        if head.shard is not None:
+            head.shard.add_hidden(into.hidden)
         wide = torch.float64 if values.device.type != "mps" else torch.float32
         total = values.sum(dtype=wide).to(values.dtype)
     if into.wanted:
@@ -150,9 +160,13 @@ def _pass(
         kept = None
     count = N if kept is None else len(kept)
     # An empty pass still makes one call with zero rows, so that the extras have their names.
-    chunks = row_chunks(count, head.width, hidden.device, chunk) or [(0, 0)]
+    chunks = row_chunks(count, head.widest, hidden.device, chunk) or [(0, 0)]
     tall = largest(chunks)
-    student = HeadTile(head, tall, hidden.dtype, adjoint=gradients.wanted)
+    dtype = accumulate_type(hidden.dtype, head.weight.dtype)
+    unread = None  # a tile that nobody reads takes no memory
+    if not reads_student:
+        unread = torch.empty(1, head.width, dtype=dtype, device=hidden.device).expand(tall, -1)
+    student = HeadTile(head, tall, hidden.dtype, adjoint=gradients.wanted, buffer=unread)
     sources = {name: Source(dense, tall, student.dtype) for name, dense in others.items()}
     values = torch.zeros(N, dtype=student.dtype, device=hidden.device)
     extras: dict[str, Tensor] = {}
@@ -163,7 +177,9 @@ def _pass(
         for name, source in sources.items():
             logits[name] = source.logits(where)
         chunk_rows = {name: row[where] for name, row in rows.items()}
-        value_n, cotangent_nV, chunk_extras = _in_strips(program, logits, chunk_rows)
+        # processes that share a vocabulary make the same calls: strips go by a process's threads
+        run = _in_strips if head.shard is None else _at_once
+        value_n, cotangent_nV, chunk_extras = run(program, logits, chunk_rows)
         _check_result(value_n, cotangent_nV, stop - start, head.width)
         values[where] = value_n.to(values.dtype)
         for name, extra in chunk_extras.items():
@@ -184,6 +200,10 @@ def _pass(
         if gradients.hidden is not None and kept is not None:
             gradients.hidden[where] = dhidden_nH
     return values, extras
+
+
+def _at_once(program: Program, logits: dict[str, Tensor], rows: dict[str, Tensor]):
+    return program(logits, rows)
 
 
 def _in_strips(

@@ -23,6 +23,7 @@ from opdsl.emit.kernels.triton_launch import on_device
 
 RUN = 64  # sorted entries of one program
 WIDE = 1024  # hidden numbers in flight
+FUSED = {"num_warps": 4, "enable_fp_fusion": True}  # products of a scalar sum, as the BLAS rounds
 
 
 @triton.jit
@@ -51,9 +52,10 @@ def _pull_hidden(g, weight, ids, out, K, H, R, ws, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(0, K):
         word = tl.load(ids + row * K + k)
-        real = (h < H) & (word >= 0) & (word < R)
-        w = tl.load(weight + word * ws + h, mask=real, other=0.0).to(tl.float32)
-        total += tl.load(g + row * K + k) * w
+        known = (word >= 0) & (word < R)
+        word = tl.where(known, word, 0)
+        w = tl.load(weight + word * ws + h, mask=h < H, other=0.0).to(tl.float32)
+        total += tl.where(known, tl.load(g + row * K + k), 0.0) * w
     tl.store(out + row * H + h, total, mask=h < H)
 
 
@@ -70,15 +72,17 @@ def _pull_weight(
         here = first + j < count
         following = tl.load(words + first + j, mask=here, other=word)
         if following != word:
-            real = (h < H) & (word >= 0) & (word < R)
-            tl.atomic_add(into + word * ws + h, total, mask=real)
+            known = (word >= 0) & (word < R)
+            word = tl.where(known, word, 0)
+            tl.atomic_add(into + word * ws + h, tl.where(known, total, 0.0), mask=h < H)
             total = tl.zeros([BLOCK], tl.float32)
             word = following
         entry = tl.load(entries + first + j, mask=here, other=0)
         x = tl.load(hidden + (entry // K) * hs + h, mask=h < H, other=0.0).to(tl.float32)
-        total += tl.load(g + entry, mask=here, other=0.0) * x
-    real = (h < H) & (word >= 0) & (word < R)
-    tl.atomic_add(into + word * ws + h, total, mask=real)
+        total += tl.where(here, tl.load(g + entry) * x, 0.0)  # row 0 may hold anything
+    known = (word >= 0) & (word < R)
+    word = tl.where(known, word, 0)
+    tl.atomic_add(into + word * ws + h, tl.where(known, total, 0.0), mask=h < H)
 
 
 def _width(H: int, most: int) -> int:
@@ -95,7 +99,7 @@ def gather_product(hidden_nH: Tensor, weight_RH: Tensor, ids_nK: Tensor) -> Tens
         with on_device(out.device):
             _gather[(n, triton.cdiv(K, at_once))](
                 hidden, weight, ids, out, K, H, len(weight), hidden.stride(0), weight.stride(0),
-                IDS=at_once, BLOCK=_width(H, 256), num_warps=4,
+                IDS=at_once, BLOCK=_width(H, 256), **FUSED,
             )  # fmt: skip
     return out
 
@@ -109,7 +113,7 @@ def pull_hidden(ids_nK: Tensor, g_nK: Tensor, weight_RH: Tensor) -> Tensor:
         with on_device(out.device):
             _pull_hidden[(n, triton.cdiv(H, block))](
                 g, weight, ids_nK.contiguous(), out, K, H, len(weight), weight.stride(0),
-                BLOCK=block, num_warps=4,
+                BLOCK=block, **FUSED,
             )  # fmt: skip
     return out
 
@@ -124,7 +128,7 @@ def pull_weight(ids_nK: Tensor, g_nK: Tensor, hidden_nH: Tensor, into_RH: Tensor
     with on_device(into_RH.device):
         _pull_weight[(triton.cdiv(len(words), RUN), triton.cdiv(H, block))](
             words, entries, g_nK.float().contiguous(), hidden, into_RH, len(words), K, H,
-            len(into_RH), hidden.stride(0), into_RH.stride(0), RUN=RUN, BLOCK=block, num_warps=4,
+            len(into_RH), hidden.stride(0), into_RH.stride(0), RUN=RUN, BLOCK=block, **FUSED,
         )  # fmt: skip
 
 

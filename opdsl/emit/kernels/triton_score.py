@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opdsl.emit.kernels.triton_launch import BLOCK, on_device
+from opdsl.emit.kernels.triton_launch import BLOCK, EXACT, on_device
 
 MOST = 256  # of the top; beyond it the running list costs more than torch.topk's own read
 
@@ -133,6 +133,7 @@ def score(
                 GIVEN=max(2, min(256, triton.next_power_of_2(K))) if K else 1,
                 TOP=max(2, triton.next_power_of_2(k)) if k else 1,
                 num_warps=max(1, min(8, block // 256)),
+                **EXACT,
             )  # fmt: skip
     if k:  # the list comes in the order of its slots
         top_z, order = top_z.sort(1, descending=True)

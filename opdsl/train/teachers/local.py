@@ -72,8 +72,11 @@ class LocalTeacher:
     view: prompt -> the token ids this teacher is conditioned on.
     head: None for logits; else scores are hidden states, padded at their end and start by
     `pad` zeros where several teachers share one joint head (see `joint_heads`).
-    disabled: a context in which the model is the one meant (adapters off, for `initial`).
+    disabled: a context in which the model is the one meant (adapters off, for `initial`; weights
+    on the device, where they lie in main memory otherwise).
     """
+
+    ids_from = ()  # its scores are whole, so nobody's list must be known first
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class LocalTeacher:
         self.disabled = disabled
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[Any], tokens_BT, lengths_B) -> Scores:
+    def score(self, prompts: Sequence[Any], tokens_BT, lengths_B, ids_BTK=None) -> Scores:
         views = [self.view(p) for p in prompts]
         model, B = self.model(), len(views)
         chunk = self.chunk or B

@@ -8,7 +8,14 @@ from typing import Any
 
 from opdsl.train.models import known_head
 from opdsl.train.runtime import Runtime
+from opdsl.train.teachers import Teacher
+from opdsl.train.teachers.distant import Distant
 from opdsl.train.teachers.local import LocalTeacher, MovingAverage, initial_policy, joint_heads
+from opdsl.train.teachers.offload import Shelf
+
+
+def _say_nothing(line: str) -> None:
+    """Where nobody listens."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,8 @@ class TeacherMaker:
     """What every teacher of a run has in common.
 
     fused: score hidden states, so that no [B, T, V] tensor is made; else logits.
-    chunk: rows per forward pass, None for all at once.
+    chunk: rows per forward pass, None for all at once. offload: external models lie in main memory
+    between their passes. distant: the teachers outside this process. say: where they report.
     """
 
     method: Any
@@ -26,11 +34,15 @@ class TeacherMaker:
     vocabulary: int
     fused: bool
     chunk: int | None
+    offload: bool = False
+    distant: Distant | None = None
+    say: Callable[[str], None] = _say_nothing
 
-    def make(self, loaded: dict[str, Any]) -> tuple[dict[str, LocalTeacher], LocalTeacher | None]:
+    def make(self, loaded: dict[str, Any]) -> tuple[dict[str, Teacher], LocalTeacher | None]:
         """({role: teacher}, the initial policy's scorer or None). loaded: role -> model."""
         spec = self.method.spec
-        teachers: dict[str, LocalTeacher] = {}
+        teachers: dict[str, Any] = {}
+        shelves: dict[int, Shelf] = {}  # one for each model, however many roles it plays
         start = None
         if self.method.needs.initial or any(t.kind == "initial" for t in spec.teachers):
             model, disabled = initial_policy(self.student)  # one copy, however many read it
@@ -41,9 +53,29 @@ class TeacherMaker:
                 teachers[decl.name] = start
             elif decl.kind == "initial":
                 teachers[decl.name] = self._scorer(decl.name, model, privileged, disabled=disabled)
+            elif self.distant is not None and decl.name in self.distant:
+                teachers[decl.name] = self.distant.teacher(
+                    decl.name,
+                    privileged,
+                    self.runtime.device,
+                    self.vocabulary,
+                    self.fused,
+                    self._needed(decl.name),
+                    self.say,
+                )
             elif decl.kind == "external":
-                model = loaded[decl.name]
-                teachers[decl.name] = self._scorer(decl.name, lambda m=model: m, privileged)
+                model, more = loaded[decl.name], {}
+                head = self._head(model)  # before the weights leave the device
+                if self.offload and not self._writes(decl.name):
+                    if id(model) not in shelves:
+                        shelves[id(model)] = Shelf(model, self.runtime.device)
+                    shelf = shelves[id(model)]
+                    more["disabled"] = lambda shelf=shelf: shelf
+                    if head is not None:
+                        head = replace(head, weight=head.weight.to(self.runtime.device))
+                teachers[decl.name] = self._scorer(
+                    decl.name, lambda m=model: m, privileged, head=head, **more
+                )
             elif decl.kind == "self":
                 teachers[decl.name] = self._scorer(decl.name, lambda: self.student, privileged)
             else:
@@ -61,23 +93,48 @@ class TeacherMaker:
                 teachers[decl.name] = average
         if self.fused:
             for routed in spec.routed:
-                _share_a_head([teachers[name] for name in routed.parts])
+                parts = [teachers[name] for name in routed.parts]
+                if all(isinstance(part, LocalTeacher) for part in parts):
+                    _share_a_head(parts)
         return teachers, start
+
+    def _writes(self, name: str) -> bool:
+        """Whether the method draws text from this teacher."""
+        return any(
+            name in (s.policy, *(who for _, who in s.parts)) for s in self.method.spec.states
+        )
+
+    def _needed(self, name: str) -> Callable[[Any], bool]:
+        """prompt -> whether this teacher is read there: of several that a field chooses among,
+        only the chosen one is asked."""
+        spec, needs = self.method.spec, self.method.needs
+        routes = [r for r in spec.routed if name in r.parts]
+        if name in needs.teachers or not routes:
+            return lambda prompt: True
+
+        def chosen(prompt: Any) -> bool:
+            for route in routes:
+                hits = [
+                    part
+                    for part, test in zip(route.parts, route.conditions)
+                    if test and str(prompt.fields.get(test[0])) == test[1]
+                ]
+                hits += [p for p, test in zip(route.parts, route.conditions) if test is None]
+                if hits and hits[0] == name:
+                    return True
+            return False
+
+        return chosen
 
     def _view(self, context: str | None):
         """prompt -> the tokens a teacher reads: with a context, the template filled in."""
         return lambda p: self.data.context_ids(p, context)
 
     def _scorer(self, name: str, model: Callable[[], Any], view, **more: Any) -> LocalTeacher:
+        if "head" not in more:
+            more["head"] = self._head(model())
         return LocalTeacher(
-            name,
-            model,
-            view,
-            self.runtime,
-            self.vocabulary,
-            head=self._head(model()),
-            chunk=self.chunk,
-            **more,
+            name, model, view, self.runtime, self.vocabulary, chunk=self.chunk, **more
         )
 
     def _head(self, model):
