@@ -66,10 +66,13 @@ def hf(model, rows: list[list[int]], new: int):
         )
 
 
-def own(model, rows: list[list[int]], new: int):
+def own(model, rows: list[list[int]], new: int, steps: str = "auto"):
     from opdsl.train.rollout import decode
 
-    return decode(model, rows, max_new_tokens=new, eos=-1, pad=0)
+    return decode(model, rows, max_new_tokens=new, eos=-1, pad=0, steps=steps)
+
+
+plain = partial(own, steps="plain")  # the model called for every token, for comparison
 
 
 def timed(route, same: int, new: int, dtype: torch.dtype):
@@ -86,6 +89,7 @@ def speed(rounds: int, new: int) -> dict[str, object]:
         variants = [
             Variant("generate", partial(timed, hf, same, new, dtype)),
             Variant("ours", partial(timed, own, same, new, dtype)),
+            Variant("ours, plain steps", partial(timed, plain, same, new, dtype)),
         ]
         series = measure.interleaved(variants, rounds)
         summary = {k: s.summary() for k, s in series.items()}
@@ -159,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    new = 24 if args.quick else NEW
+    new = 40 if args.quick else NEW  # steps are recorded from 32 tokens on
     fair = law(4000 if args.quick else 20000)
     print(fair, flush=True)
     found = speed(2 if args.quick else 5, new)

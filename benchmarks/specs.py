@@ -153,9 +153,13 @@ def compiled(row: str, tau: float | None = None):
     return opdsl.compile(text, knobs) if "\n" in text else opdsl.load(text)
 
 
-def loss_of(row: str, data: Data, tau: float | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_of(
+    row: str, data: Data, tau: float | None = None, torch_compile: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
     """(h [N, H], W [V, H]) -> the loss: making the batch is part of what is measured."""
     module = compiled(row, tau).loss
+    if torch_compile:
+        module.compile()
     given, shape = GIVEN[row], data.shape
     mask = torch.ones(shape.B, shape.T, dtype=torch.bool)
     seqs = data.seqs

@@ -21,6 +21,7 @@ _WHERE = {
     "Head": "opdsl.emit.kernels.head",
     "LossResult": "opdsl.emit.runtime",
     "Method": "opdsl.method",
+    "VocabShard": "opdsl.emit.kernels.parallel",
     "compile": "opdsl.method",
     "load": "opdsl.method",
 }

@@ -1,26 +1,26 @@
-"""What the charter of docs/robustness.md asks of a run and no other file tests: its guards.
-
-Every guard names the step, the sample and the cure, stops before an update and leaves with exit
-code 4; memory that runs out changes the time a run takes and nothing else.
-"""
+"""What the charter of docs/robustness.md asks of a run and no other file tests."""
 
 from __future__ import annotations
 
 import ast
-import json
-import math
 import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from fake_method import FakeBatch, FakeMethod, State, TeacherDecl
-from support.models import tiny
-from test_trainer import settings, weights
+from support import faults
+from test_trainer import settings
 
 import opdsl
-from opdsl.train import checkpoint, errors, guards, resume, setup
-from opdsl.train.errors import GuardStop, RunProblem
+from opdsl.train import checkpoint, errors, setup
 from opdsl.train.loop import train
 from opdsl.train.metrics import read_lines
 from opdsl.train.plan import make_plan
@@ -28,8 +28,6 @@ from opdsl.train.progress import Silent
 from opdsl.train.settings import RunSettings
 from opdsl.train.states import States
 from opdsl.train.step import Engine
-from opdsl.train.teachers.local import LocalTeacher
-from opdsl.train.watch import DEFAULTS, Rule, Watch, parse_guard
 
 
 @pytest.fixture(autouse=True)
@@ -37,368 +35,15 @@ def fake_batch(monkeypatch):
     monkeypatch.setattr(opdsl, "Batch", FakeBatch, raising=False)
 
 
-class Heard(Silent):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, text):
-        self.lines.append(text)
-
-
-def scaled_teacher(folder: Path, scale: float, pair) -> dict:
-    """The pair with a teacher whose last norm, and so every logit, is scaled."""
-    from safetensors.torch import load_file, save_file
-
-    tiny(folder, 1)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * scale
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return pair | {"teachers": {"T": str(folder)}}
-
-
-def stopped(method, s: RunSettings) -> GuardStop:
-    """The stop of a run; whatever the guard, it must say all of this."""
-    with pytest.raises(GuardStop) as caught:
-        train(method, s)
-    stop, out = caught.value, Path(s.out)
-    assert stop.exit_code == 4 and f"at step {stop.step}" in stop.message
-    diagnostic = stop.diagnostic
-    assert "checkpoint is intact" in " ".join(diagnostic.notes) and diagnostic.helps
-    assert not (out / "summary.json").exists()
-    assert len(read_lines(out / "metrics.jsonl")) == stop.step - 1
-    return stop
-
-
-def names_a_sample(stop: GuardStop) -> bool:
-    return stop.row is not None and any(f"sample {stop.row}: " in n for n in stop.diagnostic.notes)
-
-
-def unchanged(out: Path, pair) -> bool:
-    """Whether no parameter has moved since the start."""
-    from safetensors.torch import load_file
-
-    before = load_file(os.path.join(pair["student"], "model.safetensors"))
-    found = checkpoint.newest(out / "checkpoints").tensors["student"]
-    return all(torch.equal(x, before[name]) for name, x in found.items())
-
-
-# ---- teachers and log-ratios -----------------------------------------------------------------------
-
-
-def test_a_teacher_that_lost_its_weights_stops_the_first_step(tmp_path, pair):
-    bad = scaled_teacher(tmp_path / "zero", 0.0, pair)
-    stop = stopped(FakeMethod("reverse"), settings(tmp_path, bad))
-    assert stop.diagnostic.code == "OPD720" and stop.step == 1 and names_a_sample(stop)
-    assert "teacher T" in stop.message and "100.00% of ln V" in stop.message
-    assert stop.position is not None and "files" in stop.diagnostic.helps[0]
-    train(FakeMethod("reverse"), settings(tmp_path / "off", bad, guards=rule("flat_teacher=off")))
-
-
-def rule(*texts: str) -> dict[str, Rule]:
-    return dict(parse_guard(text) for text in texts)
-
-
-def test_a_nearly_flat_teacher_is_told_once_and_counted(tmp_path, pair):
-    near = scaled_teacher(tmp_path / "near", 0.1, pair)
-    heard = Heard()
-    summary = train(FakeMethod("reverse"), settings(tmp_path, near), heard)
-    assert sum("says nothing" in line for line in heard.lines) == 1
-    assert summary.counts == {"warnings of the guard flat_teacher": 3}
-    # An ordinary teacher, untrained as it is, passes.
-    assert train(FakeMethod("reverse"), settings(tmp_path / "plain", pair)).counts == {}
-
-
-@pytest.mark.parametrize("scale", [30.0, math.inf])
-def test_log_ratios_that_explode(tmp_path, pair, scale):
-    method = FakeMethod("reverse")
-    if math.isinf(scale):  # a teacher that excludes words: −inf is a legitimate score
-        bad, ratios = pair, -math.inf
-        score = LocalTeacher.score
-
-        def excluding(self, *args, **kwargs):
-            found = score(self, *args, **kwargs)
-            found.logits[..., 3:] = -math.inf
-            return found
-
-        method.loss.forward = closed(method)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LocalTeacher, "score", excluding)
-            stop = stopped(method, settings(tmp_path, bad, guards=rule("log_ratio=halt")))
-        assert f"{ratios:.1f} nats" in stop.message
-        return
-    bad = scaled_teacher(tmp_path / "loud", scale, pair)
-    warned = train(method, settings(tmp_path, bad, guards=rule("log_ratio=20")))
-    assert warned.counts == {"warnings of the guard log_ratio": 3}
-    stop = stopped(method, settings(tmp_path / "h", bad, guards=rule("log_ratio=20:halt")))
-    assert stop.step == 1 and names_a_sample(stop) and stop.position is not None
-    assert "beyond 20" in stop.message and "shape clip" in stop.diagnostic.helps[0]
-
-
-def closed(method):
-    """A loss of zero, whatever the batch."""
-    whole = method.loss.forward
-
-    def forward(batch, context=None):
-        result = whole(batch, context)
-        result.loss = batch.student_logits.sum() * 0.0
-        return result
-
-    return forward
-
-
-def test_the_initial_policy_is_guarded_like_a_teacher(tmp_path, pair, monkeypatch):
-    method = FakeMethod("reverse")
-    method.needs.initial = True
-    score = LocalTeacher.score
-
-    def poisoned(self, *args, **kwargs):
-        found = score(self, *args, **kwargs)
-        if self.name == "initial":
-            found.logits[1, 0, 5] = math.nan
-        return found
-
-    monkeypatch.setattr(LocalTeacher, "score", poisoned)
-    stop = stopped(method, settings(tmp_path, pair))
-    assert "initial" in stop.message and (stop.row, stop.position) == (1, 0)
-
-
-# ---- weights, lengths, idle steps --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("where", ["moment", "weight"])
-def test_a_poisoned_state_is_never_saved(tmp_path, pair, where, monkeypatch):
-    """NaN in the optimizer gives NaN weights one step later: the good checkpoint must stay."""
-    whole = Engine.step
-
-    def poisoned(self, step, watch):
-        record = whole(self, step, watch)
-        if step == 2:
-            p = self.parameters[0]
-            found = self.optimizer.state[p]["exp_avg"] if where == "moment" else p.data
-            found.view(-1)[0] = math.nan
-        return record
-
-    monkeypatch.setattr(Engine, "step", poisoned)
-    with pytest.raises(GuardStop) as caught:
-        train(FakeMethod("reverse"), settings(tmp_path, pair, steps=5, save_every=1, keep=1))
-    assert "the weights of" in caught.value.message and caught.value.step == 3
-    assert not caught.value.skippable and "--resume" in caught.value.diagnostic.helps[0]
-    assert checkpoint.newest(tmp_path / "out" / "checkpoints").step == 2
-
-
-def test_a_policy_that_cannot_be_sampled_from(tmp_path, pair, monkeypatch):
-    from opdsl.train.rollout import NonFiniteLogits
-
-    whole = States.rows
-
-    def broken(self, step):
-        if step == 1:
-            raise NonFiniteLogits(2, 3)
-        return whole(self, step)
-
-    monkeypatch.setattr(States, "rows", broken)
-    stop = stopped(FakeMethod("reverse"), settings(tmp_path, pair))
-    assert (stop.step, stop.row, stop.position) == (2, 2, 3)
-    assert "the batch began with the prompt" in stop.diagnostic.notes[0]
-
-
-@pytest.mark.parametrize("action", ["warn", "halt"])
-def test_lengths_that_explode(tmp_path, pair, action, monkeypatch):
-    whole, calls = guards.describe, []
-
-    def growing(rows, outcome_B):
-        calls.append(0)
-        mean = 3.0 if len(calls) <= 6 else 13.0
-        return whole(rows, outcome_B) | {"length": mean, "finished": 0.25}
-
-    monkeypatch.setattr(guards, "describe", growing)
-    s = settings(tmp_path, pair, steps=8, save_every=1, guards=rule(f"length={action}"))
-    if action == "warn":
-        assert train(FakeMethod("reverse"), s).counts == {"warnings of the guard length": 2}
-        return
-    stop = stopped(FakeMethod("reverse"), s)
-    assert stop.step == 7 and names_a_sample(stop)
-    assert "4.3 times that of the first steps (3.0)" in stop.message and "75%" in stop.message
-    # What the first steps were like is in the checkpoint, so a resumed run judges the same.
-    calls[:] = [0] * 6
-    with pytest.raises(GuardStop) as caught:
-        train(FakeMethod("reverse"), RunSettings(**(s.__dict__ | {"resume": True})))
-    assert caught.value.message == stop.message
-
-
-@pytest.mark.parametrize("kind", ["empty", "masked"])
-def test_steps_that_change_nothing_stop_in_the_end(tmp_path, pair, kind, monkeypatch):
-    method = FakeMethod("reverse")
-    if kind == "masked":
-        method.loss.forward = closed(method)
-    else:
-        whole = States.rows
-        monkeypatch.setattr(
-            States, "rows", lambda self, step: whole(self, step).select([], "empty")
-        )
-    more = {"steps": 6, "save_every": 1, "guards": rule("idle=2"), "optimize": {"weight_decay": 1}}
-    stop = stopped(method, settings(tmp_path, pair, **more))
-    assert stop.step == 3 and "for 3 steps in a row" in stop.message
-    assert ("8 empty" if kind == "empty" else "gradient was zero") in stop.message
-    note = stop.diagnostic.notes[0]
-    assert "the batch began with the prompt" in note if kind == "empty" else "sample 0: " in note
-    assert unchanged(tmp_path / "out", pair)
-
-
-def test_what_guards_can_be_told():
-    assert parse_guard("log-ratio=30:halt") == ("log_ratio", Rule(30.0, "halt"))
-    assert parse_guard("idle=7") == ("idle", Rule(7.0, DEFAULTS["idle"].action))
-    assert parse_guard("length=off") == ("length", Rule(DEFAULTS["length"].limit, "off"))
-    for text, code in [("lenght=3", "OPD119"), ("idle=-1", "OPD112"), ("idle=stop", "OPD112")]:
-        with pytest.raises(RunProblem) as caught:
-            parse_guard(text)
-        assert caught.value.diagnostic.code == code and caught.value.exit_code == 2
-        assert caught.value.diagnostic.helps
-
-
-def test_a_limit_is_passed_only_from_above():
-    watch = Watch({**DEFAULTS, "length": Rule(2.0, "halt")})
-    longest = lambda: (0, "sample 0: …")  # noqa: E731
-    for step in range(1, 6):
-        watch.lengths({"length": 5.0, "finished": 0.0}, step, longest)
-    watch.lengths({"length": 10.0, "finished": 0.0}, 6, longest)  # exactly twice
-    watch.lengths({"length": 50.0, "finished": 0.5}, 7, longest)  # long, but they end
-    watch.lengths({}, 8, longest)  # nothing was sampled
-    with pytest.raises(GuardStop):
-        watch.lengths({"length": 10.1, "finished": 0.4}, 9, longest)
-
-
-@pytest.mark.parametrize("what", ["the verifier", "the server of teacher T"])
-def test_what_does_not_answer_ends_the_run_like_a_guard(tmp_path, pair, what, monkeypatch):
-    whole = Engine._given
-
-    def waiting(self, rows, outcome, step):
-        if step == 1:
-            note = guards.sample_note(rows, 4, self.data)
-            raise errors.stalled(what, 60, step + 1, 4, note, lost=3)
-        return whole(self, rows, outcome, step)
-
-    monkeypatch.setattr(Engine, "_given", waiting)
-    stop = stopped(FakeMethod("reverse"), settings(tmp_path, pair, skip_nonfinite=9))
-    assert f"{what} did not answer within 60 s at step 2, sample 4" in stop.message
-    assert names_a_sample(stop) and "3 rows were left out before" in stop.diagnostic.notes[0]
-    record = json.loads((tmp_path / "out" / "bad-batch-step-000002.json").read_text())
-    assert record["row"] == 4
-
-
-# ---- memory ----------------------------------------------------------------------------------------
-
-
-def exhausted(work, sizes, limit: int, kind=torch.OutOfMemoryError):
-    """`work`, failing while it is asked for more than `limit` rows; sizes(args) says how many."""
-
-    def wrapped(*args, **kwargs):
-        rows = sizes(args)
-        if rows > limit:
-            raise kind(f"CUDA out of memory. Tried to allocate {rows} GiB")
-        return work(*args, **kwargs)
-
-    return wrapped
-
-
-MEMORY = {
-    "gradient": (Engine, "_gradient", lambda args: len(args[1])),
-    "parts": (Engine, "_gradient_in_parts", lambda args: args[4]),
-    "teacher": (LocalTeacher, "_piece", lambda args: len(args[2])),
-}
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kind", ["gradient", "teacher"])
-def test_memory_running_out_keeps_the_mathematics(tmp_path, pair, kind, fused, monkeypatch):
-    """At 16, 8 and 4 rows; the weights after three steps agree to 1e-6."""
-    if fused:
-        monkeypatch.setattr("opdsl.train.setup.FUSED_FROM", 10)
-    more = {"prompts": 16, "optimize": {"warmup": 1}}
-    train(FakeMethod("returns"), settings(tmp_path / "plain", pair, **more))
-    with monkeypatch.context() as patch:
-        for name in ("gradient", "parts") if kind == "gradient" else ("teacher",):
-            owner, method, sizes = MEMORY[name]
-            patch.setattr(owner, method, exhausted(getattr(owner, method), sizes, 3))
-        summary = train(FakeMethod("returns"), settings(tmp_path / "cramped", pair, **more))
-    (what, times), *rest = summary.counts.items()
-    assert "memory ran out" in what and times == 3 and not rest
-    one, two = weights(tmp_path / "plain" / "out"), weights(tmp_path / "cramped" / "out")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)
-
-
-def test_one_gradient_whatever_the_rows_at_a_time(tmp_path, pair):
-    """The gradient itself, before an optimizer divides it by its own size."""
-    found = {}
-    for size in (None, 5, 2, 1):
-        method = FakeMethod("returns")
-        plan = make_plan(method, settings(tmp_path / str(size), pair, micro_batch=size))
-        engine = setup.build(method, plan, Silent()).engine
-        rows = engine.states.rows(0)
-        engine._gradient_within_memory(rows, engine._given(rows, None, 0), 0)
-        found[size] = torch.cat([p.grad.flatten() for p in engine.parameters])
-    scale = found[None].norm()
-    assert scale > 1e-2
-    for size, gradient in found.items():
-        assert (gradient - found[None]).norm() <= 1e-6 * scale, size
-
-
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
-def test_sampling_with_less_memory_is_sampling(tmp_path, pair, kind, monkeypatch):
-    """Fewer rows at a time draw other numbers of the same law, and a resumed run the same ones."""
-    from opdsl.train import states
-
-    more = {"steps": 4, "save_every": 2, "optimize": {"warmup": 1}}
-    with monkeypatch.context() as patch:
-        cramped = exhausted(states.decode, lambda args: len(args[1]), 3, kind)
-        patch.setattr(states, "decode", cramped)
-        summary = train(FakeMethod("reverse"), settings(tmp_path / "a", pair, **more))
-    assert summary.counts == {"times memory ran out (rows sampled halved)": 3}
-    with monkeypatch.context() as patch:
-        patch.setattr(states, "decode", cramped)
-        whole = Engine.step
-
-        def dying(self, step, watch):
-            if step == 3:
-                raise KeyboardInterrupt
-            return whole(self, step, watch)
-
-        patch.setattr(Engine, "step", dying)
-        with pytest.raises(KeyboardInterrupt):
-            train(FakeMethod("reverse"), settings(tmp_path / "b", pair, **more))
-    train(FakeMethod("reverse"), settings(tmp_path / "b", pair, resume=True, **more))
-    for name in ("metrics.jsonl", "evals.jsonl", "student/model.safetensors"):
-        one, two = (tmp_path / x / "out" / name for x in "ab")
-        assert one.read_bytes() == two.read_bytes()
-
-
-@pytest.mark.parametrize("kind", ["gradient", "teacher", "sampling", "optimizer"])
-def test_one_row_too_many_is_a_message(tmp_path, pair, kind, monkeypatch):
-    from opdsl.train import states
-
-    if kind == "sampling":
-        monkeypatch.setattr(states, "decode", exhausted(states.decode, lambda args: 1, 0))
-    elif kind == "optimizer":
-        work = exhausted(torch.optim.AdamW.step, lambda args: 1, 0, RuntimeError)
-        monkeypatch.setattr(torch.optim.AdamW, "step", work)
-    else:
-        for name in ("gradient", "parts") if kind == "gradient" else ("teacher",):
-            owner, method, sizes = MEMORY[name]
-            monkeypatch.setattr(owner, method, exhausted(getattr(owner, method), sizes, 0))
-    with pytest.raises(RunProblem) as caught:
-        train(FakeMethod("reverse"), settings(tmp_path, pair))
-    problem = caught.value
-    assert problem.diagnostic.code == "OPD721" and problem.exit_code == 4
-    assert "GiB" in problem.diagnostic.notes[0] and "--max-tokens" in problem.diagnostic.helps[0]
-
-
 # ---- runs at the edge --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verdict", [0.0, 1.0])
 def test_a_verifier_that_judges_all_alike(tmp_path, pair, verdict, monkeypatch):
-    monkeypatch.setattr("opdsl.train.bindings.TaskData.verify", lambda self, p, r: verdict)
+    from opdsl.train.verify import Verdict
+
+    alike = lambda self, prompts, responses: [Verdict(verdict)] * len(prompts)  # noqa: E731
+    monkeypatch.setattr("opdsl.train.bindings.TaskData.judge", alike)
     train(FakeMethod("reverse"), settings(tmp_path, pair, eval_every=1))
     for record in read_lines(tmp_path / "out" / "metrics.jsonl"):
         assert record["reward"] == verdict and None not in record.values()
@@ -421,14 +66,42 @@ def test_responses_that_end_at_once_or_never(tmp_path, pair, end, monkeypatch):
             }
         else:
             changes = {"finished": torch.zeros(B, dtype=torch.bool)}
-        from dataclasses import replace
-
         return replace(rows, **changes)
 
     monkeypatch.setattr(States, "rows", ending)
     train(FakeMethod("returns"), settings(tmp_path, pair))
     for record in read_lines(tmp_path / "out" / "metrics.jsonl"):
         assert None not in record.values() and record["finished"] == float(end == "at once")
+
+
+def test_a_row_alone_and_among_longer_ones(tmp_path, pair):
+    """Padding and positions: the states of a row do not depend on the others of the batch."""
+    method = FakeMethod("reverse")
+    session = setup.build(method, make_plan(method, settings(tmp_path, pair)), Silent())
+    forward, rows = session.engine.forward, session.engine.states.rows(0)
+    ragged = replace(
+        rows,
+        prompts=[replace(p, ids=p.ids[i % 3 :]) for i, p in enumerate(rows.prompts)],
+        lengths=torch.tensor([1 + i % int(rows.lengths.max()) for i in range(len(rows))]),
+    )
+    together = forward.live(forward.states(ragged)).detach()
+    for i in range(len(rows)):
+        alone = forward.live(forward.states(ragged.select([i], ""))).detach()
+        n = int(ragged.lengths[i])
+        torch.testing.assert_close(together[i, :n], alone[0, :n], rtol=0, atol=1e-5)
+
+
+def test_generators_of_the_caller_are_left_alone(tmp_path, pair):
+    """And they do not matter: nothing in a run draws from them."""
+    for name, seed in (("a", 1), ("b", 2)):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        before = random.getstate(), torch.get_rng_state()
+        train(FakeMethod("reverse"), settings(tmp_path / name, pair, steps=2))
+        assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    for name in ("metrics.jsonl", "student/model.safetensors"):
+        one, two = (tmp_path / x / "out" / name for x in "ab")
+        assert one.read_bytes() == two.read_bytes()
 
 
 def test_threads_do_not_matter(tmp_path, pair):
@@ -483,6 +156,26 @@ def test_no_descriptor_and_no_thread_is_left_behind(tmp_path, pair):
     assert after[0] <= before[0] and after[1] <= before[1] + 1
 
 
+def test_a_second_signal_ends_the_process_at_once(tmp_path, pair, monkeypatch):
+    def told_twice(self, step, watch):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("still here")
+
+    monkeypatch.setattr(Engine, "step", told_twice)
+    code = faults.forked(lambda: train(FakeMethod("reverse"), settings(tmp_path, pair)))
+    assert code == -signal.SIGTERM
+
+
+def test_a_run_on_models_of_this_machine_needs_no_network(tmp_path, pair, monkeypatch):
+    def refused(self, address):
+        raise AssertionError(f"connects to {address}")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refused)
+    train(FakeMethod("reverse"), settings(tmp_path, pair, steps=1))
+
+
 # ---- the house ---------------------------------------------------------------------------------------
 
 
@@ -510,6 +203,44 @@ def test_models_never_run_code_of_their_own():
                 assert isinstance(found, ast.Constant) and found.value is False, path.name
 
 
+def test_what_a_model_writes_cannot_steer_a_terminal(tmp_path, pair):
+    from opdsl.train import guards
+
+    method = FakeMethod("reverse")
+    session = setup.build(method, make_plan(method, settings(tmp_path, pair)), Silent())
+    data = replace_text(session.data, "\x1b[2J\x1b]0;title\x07\nerror[OPD000]")
+    note = guards.sample_note(session.engine.states.rows(0), 0, data)
+    assert "\x1b" not in note and "\n" not in note and "\\x1b[2J" in note
+
+
+def replace_text(data, text: str):
+    """Data whose responses all read `text`."""
+
+    class Told:
+        prompt_text = staticmethod(data.prompt_text)
+        response_text = staticmethod(lambda ids: text)
+
+    return Told()
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"COLUMNS": "20", "NO_COLOR": "1", "TERM": "dumb"},
+        {"HOME": "/nowhere", "XDG_CACHE_HOME": "/nowhere", "LC_ALL": "C"},
+        {"PYTHONIOENCODING": "cp1252:strict", "PYTHONUTF8": "0"},
+    ],
+    ids=["narrow", "no home", "codepage"],
+)
+def test_the_command_in_poor_surroundings(env):
+    """Also with a pipe that is closed after the first line."""
+    words = f"{sys.executable} -m opdsl list 2>&1 | head -1; {sys.executable} -m opdsl check cr_opd"
+    done = subprocess.run(
+        ["sh", "-c", words], capture_output=True, text=True, env={**os.environ, **env}
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr, done.stderr
+
+
 def test_a_pickle_in_a_checkpoint_is_never_read(tmp_path, pair):
     """A file the manifest does not list does not exist, whatever it would do when loaded."""
     s = settings(tmp_path, pair, steps=2, save_every=1, optimize={"warmup": 1})
@@ -523,21 +254,60 @@ def test_a_pickle_in_a_checkpoint_is_never_read(tmp_path, pair):
     assert not canary.exists()
 
 
-def test_one_run_whichever_door_it_comes_in_by(tmp_path, pair, monkeypatch):
+@pytest.fixture
+def command(tmp_path, pair, monkeypatch):
+    """`opdsl run` on a small spec: words -> (exit code, everything said)."""
     from click.testing import CliRunner
     from test_run_cli import SPEC
 
     from opdsl.cli import cli
 
-    monkeypatch.undo()  # compiled methods read a real batch
+    monkeypatch.delattr(opdsl, "Batch")  # compiled methods read a real batch
     path = tmp_path / "full_kl.opd"
     path.write_text(SPEC)
     words = ["run", path, "--student", pair["student"], "--teacher", pair["teachers"]["T"]]
-    words += ["--task", "chain", "--steps", 2, "--prompts", 4, "--out", tmp_path / "cli"]
-    assert CliRunner().invoke(cli, [str(w) for w in words]).exit_code == 0
-    train(opdsl.load(path), RunSettings(out=str(tmp_path / "api"), steps=2, prompts=4, **pair))
+    words += ["--task", "chain", "--prompts", 4, "--out", tmp_path / "cli", "--eval-every", 9]
+
+    def run(*more) -> tuple[int, str]:
+        found = CliRunner().invoke(cli, [str(w) for w in (*words, *more)])
+        assert "Traceback" not in found.output
+        return found.exit_code, " ".join(found.output.split())
+
+    return run
+
+
+def test_one_run_whichever_door_it_comes_in_by(tmp_path, pair, command):
+    assert command("--steps", 2)[0] == 0
+    more = {"steps": 2, "prompts": 4, "eval_every": 9}
+    method = opdsl.load(tmp_path / "full_kl.opd")
+    train(method, RunSettings(out=str(tmp_path / "api"), **(pair | more)))
     for name in ("metrics.jsonl", "evals.jsonl", "student/model.safetensors"):
         assert (tmp_path / "cli" / name).read_bytes() == (tmp_path / "api" / name).read_bytes()
+
+
+def test_what_the_command_says_about_changes_signals_and_guards(command, monkeypatch):
+    whole = Engine.step
+
+    def told_to_stop(self, step, watch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, step, watch)
+
+    base = ("--steps", 30, "--save-every", 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", told_to_stop)
+        code, said = command(*base)
+    assert code == 143 and "after step 1; saved in" in said and "--resume" in said
+    code, said = command(*base, "--resume", "--lr", "0.0002", "--prompts", 2)
+    assert code == 2 and "lr: was 0.001, is 0.0002" in said
+    assert "--allow-change batch --allow-change lr" in said
+    code, said = command(*base, "--resume", "--lr", "0.0002", "--allow-change", "batch")
+    assert code == 2 and "lr: was" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", told_to_stop)
+        code, said = command(*base, "--resume", "--lr", "0.0002", "--allow-change")
+        assert code == 143 and "changed as allowed: lr: was 0.001, is 0.0002" in said
+    code, said = command("--resume", "--guard", "lenght=3")
+    assert code == 2 and "did you mean `length`" in said
 
 
 def test_a_checkpoint_is_complete(tmp_path, pair):
@@ -556,4 +326,23 @@ def test_a_checkpoint_is_complete(tmp_path, pair):
     assert state["identity"]["method"] == method.fingerprints["method"]
     assert {"data", "weights of student"} <= set(state["identity"])
     assert state["outline"]["teacher T decay"] == "0.9" and state["memories"]["watch"]["idle"] == 0
-    assert resume.memories.__doc__
+
+
+# ---- the charter itself ------------------------------------------------------------------------------
+
+TABLE = Path(__file__).parent.parent / "docs" / "robustness.md"
+
+
+def test_the_table_names_every_item_once_and_only_tests_that_exist():
+    text = TABLE.read_text(encoding="utf-8")
+    items = re.findall(r"^\| ([A-Z]\d+) \|", text, re.MULTILINE)
+    sizes = {"C": 15, "L": 12, "T": 13, "K": 12, "R": 10, "X": 7, "S": 13}
+    assert items == [f"{letter}{i}" for letter, n in sizes.items() for i in range(1, n + 1)]
+    named = re.findall(r"`(test_\w+)::(\w+)`", text)
+    assert len(named) > 100
+    for file, test in named:
+        path = next((TABLE.parent.parent / "tests").rglob(f"{file}.py"), None)
+        assert path is not None, file
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), f"{file}::{test}"
+    for row in re.findall(r"^\| [A-Z]\d+ \|.*$", text, re.MULTILINE):
+        assert re.search(r"\| (present|part|absent) \|", row), row

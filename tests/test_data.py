@@ -155,7 +155,9 @@ def test_a_missing_library_is_one_message_with_the_cure(tmp_path, monkeypatch):
 def test_what_is_a_file_and_what_a_name(tmp_path):
     for name in ("a/b.jsonl", "./a/b", "../x", "a/b/c", "x" * 5000, "a\0b"):
         assert refused(name).startswith("OPD702 cannot read the data file"), name
-    assert refused("/dev/zero").startswith("OPD702") and data_formats.stem("org/set,split=a") == "set"
+    assert (
+        refused("/dev/zero").startswith("OPD702") and data_formats.stem("org/set,split=a") == "set"
+    )
     assert data_formats.stem("dir/train.jsonl") == "train"
     (tmp_path / "a,b.jsonl").write_bytes(lines(ROWS))
     assert load(tmp_path / "a,b.jsonl").rows == 12
@@ -192,7 +194,10 @@ def test_chats():
     assert row(user, answer, user)["response"] is None
     found = row(user, answer)
     assert found["messages"] == (user,) and found["response"] == "b"
-    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    parts = {
+        "role": "user",
+        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+    }
     assert row(parts)["messages"][0]["content"] == "ab"
     assert "ends with an assistant" in row(user, answer, response="c")
     assert "alone" in row(answer)
@@ -206,10 +211,13 @@ def test_a_chat_template_that_refuses_a_row_names_it(tmp_path):
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
         "{% endif %}{{ m['content'] }} {% endfor %}"
     )
-    rows_ = [{"prompt": "w1"}, {"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}]
+    rows_ = [
+        {"prompt": "w1"},
+        {"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]},
+    ]
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(rows_))
-    with pytest.raises(RunProblem, match="line 2: the chat template refuses it .no system"):
+    with pytest.raises(RunProblem, match=r"line 2: the chat template refuses it .no system"):
         FileData(str(path), tokenizer(template=template), FileOptions(context=64, max_new_tokens=8))
 
 

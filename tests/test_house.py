@@ -21,9 +21,10 @@ ROOMS = {  # room -> rooms it may import at module level or inside functions
     "formula": GROUND | {"meaning", "ir", "passport", "compilation", "syntax"},
     "emit": GROUND | {"meaning", "ir", "formula", "compilation"},
     "train": GROUND | {"meaning", "ir", "emit", "passport", "syntax", "method"},
+    "serve": GROUND | {"train"},
 }
 FREE = {"cli", "compilation", "method", "__init__", "__main__"}
-TORCH_ROOMS = {"emit", "train", "cli"}
+TORCH_ROOMS = {"emit", "train", "serve", "cli"}
 TORCH_FILES = {
     "ir/interpret.py",
     "passport/enumerate.py",

@@ -219,18 +219,18 @@ def test_a_disk_that_fails_at_every_call_of_a_save(tmp_path, number, monkeypatch
 
 def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(tmp_path, pair, method):
     """The limit on the size of a file stands for the disk: no checkpoint fits under it."""
-    want, _, _ = whole(method, tmp_path, pair)
-    out = tmp_path / "cut"
+    want, _, _ = whole(method, tmp_path, pair, eval_at=(2,))
+    out, more = tmp_path / "cut", {"eval_at": (2,)}
 
     def cramped():
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # weights need 40 kB
-        train(method, settings(out, pair))
+        train(method, settings(out, pair, **more))
 
-    assert faults.forked(lambda: train(method, settings(out, pair, steps=2))) == 0
+    assert faults.forked(lambda: train(method, settings(out, pair, steps=2, **more))) == 0
     assert faults.forked(cramped) == 3
     assert checkpoint.newest(out / "checkpoints").step == 2 and faults.faults_of(out) == []
     assert not list((out / "checkpoints").glob("*.tmp-*"))
-    assert faults.forked(lambda: train(method, settings(out, pair))) == 0
+    assert faults.forked(lambda: train(method, settings(out, pair, **more))) == 0
     assert faults.results(out) == want
 
 

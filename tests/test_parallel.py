@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from support import spread
+import torch
+import torch.distributed as dist
+from support import generate, spread, trainers
 from support.ranks import Pool
 
+from opdsl.diagnostics import CompileError
 from opdsl.emit import sharded
 from opdsl.emit.kernels.parallel import VocabShard
 from opdsl.meaning.node import Node
@@ -126,8 +130,10 @@ def test_a_process_without_tokens(pool: Pool, name: str) -> None:
     check(found, TOLERANCE["float64"])
 
 
-def test_sequences_without_a_group_stay_alone(pool: Pool) -> None:
-    check(pool(2, spread.strangers, CASES["grouped"]), TOLERANCE["float64"])
+@pytest.mark.parametrize("name", ["grouped", "tropd"])
+def test_batches_that_every_process_makes(pool: Pool, name: str) -> None:
+    """Sequences without a group stay alone, and coins differ from process to process."""
+    check(pool(2, spread.strangers, CASES.get(name, name)), TOLERANCE["float64"])
 
 
 # ---- heads that a trainer shards -----------------------------------------------------------------
@@ -137,23 +143,23 @@ def test_sequences_without_a_group_stay_alone(pool: Pool) -> None:
 def test_heads_under_fsdp(pool: Pool, how: str) -> None:
     """Two micro-batches on each of two processes; one gather for both."""
     for name in ("reverse KL", "renormalised", "grouped"):
-        check(pool(2, spread.fsdp, CASES[name], how, 2), TOLERANCE["float64"])
+        check(pool(2, trainers.fsdp, CASES[name], how, 2), TOLERANCE["float64"])
 
 
 def test_fsdp_with_a_process_without_tokens(pool: Pool) -> None:
-    check(pool(3, spread.fsdp, CASES["whitened"], "own", 1), TOLERANCE["float64"])
+    check(pool(3, trainers.fsdp, CASES["whitened"], "own", 1), TOLERANCE["float64"])
 
 
 def test_a_head_gathered_in_another_type(pool: Pool) -> None:
-    check(pool(2, spread.fsdp, CASES["sampled"], "half", 1), 1e-5)
+    check(pool(2, trainers.fsdp, CASES["sampled"], "half", 1), 1e-5)
 
 
 def test_a_head_is_gathered_once_per_step(pool: Pool) -> None:
-    assert pool(2, spread.gathers) == [1, 1]
+    assert pool(2, trainers.gathers) == [1, 1]
 
 
 def test_ddp_with_a_process_without_tokens(pool: Pool) -> None:
-    check(pool(3, spread.ddp, CASES["whitened"]), TOLERANCE["float64"])
+    check(pool(3, trainers.ddp, CASES["whitened"]), TOLERANCE["float64"])
 
 
 # ---- the rest ------------------------------------------------------------------------------------
@@ -207,6 +213,18 @@ def nodes(name: str):
     return passes(name)[1].nodes
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", ["JSD", "renormalised", "tail bin", "whitened"])
+def test_nccl(name: str, tmp_path: Path) -> None:
+    """One GPU is one process: the calls and types of NCCL, half-precision products included."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/it", rank=0, world_size=1)
+    try:
+        check([spread.on_gpu(dist.group.WORLD, CASES[name])], 2e-2)
+    finally:
+        dist.destroy_process_group()
+
+
 # ---- every shipped method ------------------------------------------------------------------------
 
 
@@ -218,6 +236,18 @@ def test_every_shipped_method(pool: Pool, name: str) -> None:
         check(pool(3, spread.vocabulary, name, kind), TOLERANCE["float64"])
     check(pool(2, spread.parted, name, (3,), 2, "hidden"), TOLERANCE["float64"])
     check(pool(3, spread.parted, name, (0, 3)), TOLERANCE["float64"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_generated_methods(pool: Pool, seed: int) -> None:
+    text = generate.spec(seed).text
+    try:
+        generate.compiled(text)
+    except CompileError:
+        pytest.skip("the compiler rejects it")
+    check(pool(3, spread.vocabulary, text, "barred"), 10 * TOLERANCE["float64"])
+    check(pool(3, spread.parted, text, (0, 3)), 10 * TOLERANCE["float64"])
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ GOOD = {"tokens": [1, 2, 3], "prompt_length": 1}
 BAD = {
     "not JSON": b"{",
     "no object": b"[]",
-    "no list `rows`": {"top": 1},
+    "a list `rows`": {"top": 1},
     "no rows": {"rows": []},
     "token ids": {"rows": [{"tokens": "1 2", "prompt_length": 1}]},
     "not None": {"rows": [{"tokens": [1, 2]}]},
@@ -341,7 +341,7 @@ def test_the_command_serves_and_ends_on_a_signal(tmp_path):
     folder = tiny(tmp_path / "m", 0)
     command = [sys.executable, "-m", "opdsl", "serve", folder, "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert "0.01 M parameters" in process.stdout.readline()
+    assert "44 words" in process.stdout.readline()
     url = process.stdout.readline().split("=")[-1].strip()
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
     connection.request("GET", "/health")

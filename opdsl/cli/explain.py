@@ -54,6 +54,11 @@ DUMPS = ("ast", "spec", "ir", "torch", "plan")
 @click.option(
     "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="For --cost."
 )
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="For --cost: what loss and gradient may take, like 2GiB; tokens at a time follow.",
+)
 def explain(
     what: str,
     format_: str,
@@ -66,6 +71,7 @@ def explain(
     cost: bool,
     shape: str,
     device: str,
+    memory: str | None,
 ) -> None:
     """Explain a spec file or shipped spec, a diagnostic code (OPD302 or its slug), or a
     definition of the standard library.
@@ -81,6 +87,8 @@ def explain(
         probe or dump is not None or figure is not None or format_ not in ("text", "json")
     ):
         raise click.UsageError("--cost stands alone, in the formats text and json")
+    if memory is not None and not cost:
+        raise click.UsageError("--memory goes with --cost")
     if probe and (dump is not None or format_ == "latex"):
         raise click.UsageError("--probe goes with the formats text, json and markdown")
     from opdsl.resources import is_file
@@ -100,7 +108,7 @@ def explain(
             return
         compilation = compiled(what, chosen, method)
         if cost:
-            click.echo(report(compilation, shape, device, format_), nl=False)
+            click.echo(report(compilation, shape, device, format_, memory), nl=False)
             return
     except CompileError as e:
         raise _with_names(what, e) from None

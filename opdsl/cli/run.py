@@ -78,10 +78,18 @@ from opdsl.diagnostics import CompileError
     metavar="[NAME]",
     help="With --resume: let a changed setting (lr, method, …) through; alone: all. Repeatable.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan and check models and data; no run.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan and its costs, check models and data."
+)
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [cuda if there is one]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[bf16 on cuda]")
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Dense losses on a CPU through torch.compile."
+)
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Rows per backward pass.")
+@click.option(
+    "--memory", metavar="SIZE", help="What loss and gradient may take beyond the models, like 2GiB."
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest response.")
 @click.option("--eval-every", type=click.IntRange(min=1), metavar="N", help="Steps between tests.")
 @click.option("--save-every", type=click.IntRange(min=1), metavar="N", help="… checkpoints.")
@@ -180,6 +188,7 @@ def prepare(spec: str, assignments: tuple[str, ...], options: dict[str, Any]):
     from opdsl.train.settings import RunSettings, check_optimize
     from opdsl.train.watch import parse_guard
 
+    assignments, rollout = split_rollout(assignments)
     params, optimize = split_assignments(assignments)
     if options["lr"] is not None:
         optimize["lr"] = check_optimize("lr", options["lr"])
@@ -205,12 +214,15 @@ def prepare(spec: str, assignments: tuple[str, ...], options: dict[str, Any]):
         steps=options["steps"],
         prompts=options["prompts"],
         micro_batch=options["micro_batch"],
+        memory=options["memory"],
         max_tokens=options["max_tokens"],
         eval_every=options["eval_every"],
         save_every=options["save_every"],
         device=options["device"],
         precision=options["precision"],
+        compile=options["compiled"],
         optimize=optimize,
+        rollout=rollout,
         resume=options["resume"],
         allow_change=tuple(options["allow_change"]),
         keep=options["keep"],
@@ -236,7 +248,7 @@ def command_line(spec: str) -> tuple[str, ...]:
     words = ["opdsl", "run", spec]
     for option in context.command.params:
         source = context.get_parameter_source(option.name or "")
-        if source is not click.core.ParameterSource.COMMANDLINE or not option.opts[0][:1] == "-":
+        if source is not click.core.ParameterSource.COMMANDLINE or option.opts[0][:1] != "-":
             continue
         if option.name in AGAIN_WITHOUT:
             continue
@@ -244,6 +256,24 @@ def command_line(spec: str) -> tuple[str, ...]:
         for one in value if isinstance(value, tuple) else (value,):
             words += [option.opts[0]] if one is True else [option.opts[0], str(one)]
     return tuple(words)
+
+
+def split_rollout(assignments: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The assignments that are not `rollout.NAME=VALUE`, and those that are."""
+    from opdsl.train.settings import parse_rollout
+
+    rest: list[str] = []
+    rollout: dict[str, Any] = {}
+    for word in assignments:
+        name, _, value = word.partition("=")
+        if not name.strip().startswith("rollout."):
+            rest.append(word)
+            continue
+        name, checked = parse_rollout(name.strip().removeprefix("rollout."), value.strip())
+        if name in rollout:
+            raise click.UsageError(f"--set rollout.{name} is given twice")
+        rollout[name] = checked
+    return tuple(rest), rollout
 
 
 def split_assignments(assignments: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -97,6 +97,7 @@ class Batch:
     place_N: Tensor | None = None  # flat index b * T + t of every row
     dropped: int = 0  # empty sequences left out
     source: Tensor | None = None  # the student tensor as handed in (for gradients)
+    memory: int | None = None  # bytes that loss and gradient may take, see `from_hidden`
 
     # -- construction --------------------------------------------------------------------
     @classmethod
@@ -173,8 +174,12 @@ class Batch:
         special: Tensor | None = None,
         prompt: Sequence[Mapping[str, object]] | None = None,
         golden: Batch | None = None,
+        memory: int | None = None,
     ) -> Batch:
         """The fused route: hidden [B, T, H] and a head [V, H]; no [B, T, V] tensor is made.
+
+        memory: bytes that loss and gradient may take beyond what is handed in; the rows at a time
+        follow from it. None: as many as are fast. Too little raises BudgetError with the loss.
 
         A head sharded over processes by words (`Head.shard`) wants those of the other models split
         at the same words; their logits may be whole or this process's columns. A head that is a
@@ -196,12 +201,18 @@ class Batch:
         if initial_hidden is not None:
             own = head if initial_head is None else as_head(initial_head)
             dists["initial"] = HiddenDist(plan.rows(initial_hidden), _alike(own, head, "initial"))
-        return plan.finish(
+        made = plan.finish(
             cls, dists, rollout_logprobs, outcome, group, values, step, total_steps, special,
             prompt, golden, hidden,
         )  # fmt: skip
+        return made if memory is None else made.within(memory)
 
     # -- views ---------------------------------------------------------------------------
+    def within(self, memory: int) -> Batch:
+        """The batch, and its reference texts, with a stated memory in bytes."""
+        golden = None if self.golden is None else self.golden.within(memory)
+        return replace(self, memory=memory, golden=golden)
+
     def split(self, n: int) -> list[Batch]:
         """At most n micro-batches of whole sequences, in order; their losses sum to the whole's.
 
@@ -215,6 +226,15 @@ class Batch:
             for i, (lo, hi) in enumerate(pairwise(edges))
             if hi > lo or n == 1
         ]
+
+    def numbered(self, first: int) -> Batch:
+        """The same sequences as first, first + 1, … of a batch that is spread over processes.
+
+        Messages count from there, and methods that toss a coin toss another one on every process.
+        """
+        assert self.place_N is not None
+        b_, t_ = self.shape
+        return replace(self, shape=(first + b_, t_), place_N=self.place_N + first * t_)
 
     def _cut(self, lo: int, hi: int, golden: Batch | None) -> Batch:
         lay = self.layout

@@ -53,4 +53,6 @@ def amount(size: int) -> str:
         return f"{math.ceil(size / 2**30 * 10) / 10:g} GiB"
     if size >= 1 << 30:
         return f"{math.ceil(size / 2**30 * 100) / 100:g} GiB"
-    return f"{max(1, math.ceil(size / 2**20))} MiB"
+    if size >= 1 << 20:
+        return f"{math.ceil(size / 2**20)} MiB"
+    return f"{max(1, math.ceil(size / 2**10))} KiB"

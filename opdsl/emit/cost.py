@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from opdsl.emit.footprint import Place, Shapes, listed, peak, rows_within, usual
+from opdsl.emit.footprint import Place, Shapes, even, listed, peak, rows_within, usual
 from opdsl.emit.plan import Plan, Sweep
 
 
@@ -130,6 +130,7 @@ def cost(
         chunk = usual(plan, at, place, tile_bytes)
     else:
         chunk = rows_within([plan], at, place, memory)
+    chunk = even(plan, at, chunk)
     tiles = 0 if plan.kind == "S0" else _tiles(plan.gradient, at)
     weight = 0 if at.frozen_head else at.vocab * at.hidden
     seconds = sum(_seconds(s, plan, at, on, backward=False) for s in plan.statistics)

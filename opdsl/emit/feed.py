@@ -252,10 +252,12 @@ def rollout_of(batch: Batch) -> Tensor:
         z = d.logits_NV.detach().to(dtype_of(batch))
         return prelude.Dense(z, batch.tokens_N).at_y()
     from opdsl.emit.kernels.linear_logprobs import linear_logprobs
+    from opdsl.emit.limit import logit_rows
 
     assert isinstance(d, HiddenDist)
     with torch.no_grad():
-        logp, _, _ = linear_logprobs(d.hidden_NH, d.head, batch.tokens_N[:, None])
+        chunk = logit_rows(batch, d.head.widest)
+        logp, _, _ = linear_logprobs(d.hidden_NH, d.head, batch.tokens_N[:, None], chunk=chunk)
     return logp.squeeze(1)
 
 

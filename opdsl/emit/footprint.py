@@ -27,6 +27,7 @@ from opdsl.emit.plan import Plan, Sweep
 CAST_BYTES = 16 << 20  # of a head upcast a block at a time, where products have one type alone
 PICKED = 0.75  # most of a tile that is copied where rows with closed gates are left out backward
 NUMBERS = 48  # numbers per row that passes hand on and report, at most
+OF_ENTRY = 16  # numbers per row and entry of an index set that are alive together
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Shapes:
     of a weight, wide that of a logit; kept is the share of rows that gates leave open. copies:
     models behind a name that chooses among several by row. plain: passes are not in place (words
     of probability 0, such a choice). capped: a head with a soft cap. parts: sets of rows with a
-    gradient of their own (reference texts).
+    gradient of their own (reference texts); kept_scratch: buffers that passes of any part keep.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Shapes:
     plain: bool = False
     capped: bool = False
     parts: int = 1
+    kept_scratch: int = 0
 
     def width(self, model: str) -> int:
         return self.others.get(model, self.hidden)
@@ -71,25 +73,33 @@ def listed(s: Sweep, at: Shapes) -> list[str]:
     return [n for n in s.reads if n != "student" and n not in at.served]
 
 
+def buffers(plan: Plan) -> int:
+    """Scratch tiles of the passes of a plan; class S0 has one, for log-sum-exps of other models."""
+    own = int(len(plan.gradient.reads) > 1) if plan.kind == "S0" else plan.gradient.scratch
+    return max(own, *(s.scratch for s in plan.statistics), 0)
+
+
 def gradients(at: Shapes) -> int:
     """Bytes that do not depend on the rows at a time: gradients and numbers per row."""
     head = at.vocab * at.hidden * (at.wide + (at.bytes if at.bytes < at.wide else 0))
     sums = at.parts + (at.parts > 1)  # gradients of several parts wait for one another
+    index = 8 * at.vocab
     per_row = 2 * at.wide * at.hidden + at.wide * NUMBERS
-    return (0 if at.frozen_head else sums * head) + at.rows * per_row
+    return (0 if at.frozen_head else sums * head) + at.rows * per_row + index
 
 
 def peak(plans: Sequence[Plan], at: Shapes, on: Place, n: int) -> int:
     """Bytes at the largest moment of loss and gradient with n rows at a time."""
     most = 0
     for plan in plans:
-        sweeps = [*plan.statistics, plan.gradient]
-        scratch = max(s.scratch for s in sweeps)  # kept from pass to pass
+        scratch = max(at.kept_scratch, buffers(plan))  # kept from pass to pass
         unit = plan.unit and at.frozen_head
         for s in plan.statistics:
             most = max(most, _pass(s, plan, at, on, n, scratch + unit, unit))
         if plan.kind == "S0":
-            most = max(most, _gathered(plan.gradient, at, n))
+            # a buffer of an earlier pass may be too short, and stays until the taller one is there
+            grown = bool(plan.statistics and listed(plan.gradient, at))
+            most = max(most, _gathered(plan.gradient, at, n, scratch + grown))
         elif not unit:
             most = max(most, _pass(plan.gradient, plan, at, on, n, scratch, True))
     return int(most) + gradients(at)
@@ -106,7 +116,9 @@ def _pass(
         tall = min(n, strip_rows(at.vocab, bool(others), on.threads, at.wide))
     more = 2 * max(0, max(at.copies.values(), default=1) - 2)
     size = tile * n * models
-    size += tile * tall * (s.plain + more if at.plain else scratch + s.fresh)
+    own = s.routed if max(at.copies.values(), default=1) > 1 else s.fresh
+    size += tile * tall * (more + scratch + (s.plain if at.plain else own))
+    size += at.wide * tall * OF_ENTRY * (s.entries + 2)
     size += at.wide * n * (at.hidden + sum(at.width(m) for m in others))
     if at.bytes < at.wide and on.kind == "cpu":
         size += models * min(CAST_BYTES, tile * n)
@@ -114,16 +126,18 @@ def _pass(
         size += tile * n * at.capped
         size += tile * n * PICKED * (plan.gated == "measured")
         size += 2 * at.vocab * n * (at.bytes == 2 and on.kind == "cuda")
+        # the cotangent of a chunk is there until the next one is; in place it lies in the scratch
+        size += tile * tall * (at.plain or on.kind == "cuda")
     return size
 
 
-def _gathered(s: Sweep, at: Shapes, n: int) -> float:
+def _gathered(s: Sweep, at: Shapes, n: int, scratch: int) -> float:
     """Bytes of the last pass of plan class S0: rows of the head, and whole logits of others."""
     others, tile = listed(s, at), at.wide * at.vocab
     rows = s.asked * at.hidden * (at.bytes + (at.wide if at.bytes < at.wide else 0))
-    logits = sum(at.copies.get(m, 1) for m in others) + bool(others) + s.fresh
+    logits = sum(at.copies.get(m, 1) for m in others) + scratch + s.fresh
     cast = len(others) * min(CAST_BYTES, tile * n) if at.bytes < at.wide else 0
-    return n * (rows + tile * logits + at.wide * 8 * s.asked) + cast
+    return n * (rows + tile * logits + at.wide * OF_ENTRY * s.entries) + cast
 
 
 def usual(plan: Plan, at: Shapes, on: Place, tile_bytes: int | None = None) -> int:
@@ -134,6 +148,11 @@ def usual(plan: Plan, at: Shapes, on: Place, tile_bytes: int | None = None) -> i
     else:
         rows = max(low, min(high, (tile_bytes or TILE_BYTES[on.kind]) // (4 * at.vocab)))
     return max(1, min(rows, at.rows))
+
+
+def even(plan: Plan, at: Shapes, n: int) -> int:
+    """Rows at a time when chunks are made equal; gates known before may leave any number of rows."""
+    return n if plan.gated == "known" else -(-at.rows // -(-at.rows // n))
 
 
 def rows_within(plans: Sequence[Plan], at: Shapes, on: Place, memory: int) -> int:
@@ -157,4 +176,14 @@ def rows_within(plans: Sequence[Plan], at: Shapes, on: Place, memory: int) -> in
     return low
 
 
-__all__ = ["Place", "Shapes", "gradients", "listed", "peak", "rows_within", "usual"]
+__all__ = [
+    "Place",
+    "Shapes",
+    "buffers",
+    "even",
+    "gradients",
+    "listed",
+    "peak",
+    "rows_within",
+    "usual",
+]

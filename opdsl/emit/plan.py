@@ -37,9 +37,11 @@ class Sweep:
     scratch  tiles beside the logits
     work     {kind: times an element of a tile is visited}; see `KINDS`
     fresh    tiles that torch takes and gives back within the pass
+    routed   the same where a teacher is one of two, chosen by row
     plain    tiles of the pass that is not in place: words of probability 0, teachers that differ by
              row (two of them)
     asked    rows of the head that are gathered for a token
+    entries  of all index sets of a token
     """
 
     reads: tuple[str, ...]
@@ -47,8 +49,10 @@ class Sweep:
     scratch: int
     work: dict[str, int]
     fresh: float = 0.0
+    routed: float = 0.0
     plain: float = 0.0
     asked: int = 0
+    entries: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,17 @@ def _sweep(staged: Staged, st: Stage) -> Sweep:
         takes = held(restricted(staged), measured=tuple(_mangle(n) for n in names))
     plain = held(Writer(staged, st).function(), parts=2).peak
     scratch = held(text).scratch
-    return Sweep(tuple(names), dense, scratch, _work(text), takes.peak, plain, takes.asked)
+    return Sweep(
+        tuple(names),
+        dense,
+        scratch,
+        _work(text),
+        takes.peak,
+        held(text, parts=2).peak,
+        plain,
+        takes.asked,
+        sum(takes.widths.values()),
+    )
 
 
 KINDS = {  # how often the text of an in-place pass visits a tile, by what it does there
@@ -158,9 +172,9 @@ def _work(text: str) -> dict[str, int]:
     return found
 
 
-def describe(plan: Plan, served: frozenset[str] = frozenset()) -> str:
+def describe(plan: Plan, served: frozenset[str] = frozenset(), frozen_head: bool = False) -> str:
     """One line: class, products, tiles. What `served` models give costs no product."""
-    head = f"{plan.units():g} U"
+    head = f"{plan.units(frozen_head):g} U"
     if plan.kind == "S0":
         head = f"{plan.ids} rows of the head per token" + (f", {head}" if plan.units() else "")
     others = [n for n in plan.others if n not in served]

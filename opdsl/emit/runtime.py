@@ -43,6 +43,7 @@ from opdsl.emit.kernels.head import takes_low, tile_memory
 from opdsl.emit.kernels.linear_restricted import Gathered, linear_restricted
 from opdsl.emit.kernels.linear_rowwise import linear_rowwise
 from opdsl.emit.kernels.triton_launch import chosen, tell, usable
+from opdsl.emit.limit import rows_at_once
 from opdsl.emit.module import Emitted, check, function_name
 from opdsl.emit.restricted import is_restricted, restricted
 from opdsl.emit.routed import add_routed
@@ -254,11 +255,11 @@ class LossModule(nn.Module):
 
         reads = any(n.op == "logp" and n.attr("dist") == "student" for n in st.nodes)
         if not unit:
-            _, _, extras = self._sweep(batch, st, program, inputs, reads_student=reads)
+            _, _, extras = self._sweep(staged, batch, st, program, inputs, reads_student=reads)
             return refuse_broken(extras, batch)
         with torch.enable_grad():
             hidden = batch.dists["student"].hidden_NH.detach().requires_grad_()  # type: ignore[union-attr]
-            total, _, extras = self._sweep(batch, st, program, inputs, hidden=hidden)
+            total, _, extras = self._sweep(staged, batch, st, program, inputs, hidden=hidden)
             (slope_NH,) = torch.autograd.grad(total, hidden)
         return {**refuse_broken(extras, batch), UNIT: slope_NH}
 
@@ -312,7 +313,7 @@ class LossModule(nn.Module):
 
             active = self._active(staged, batch, inputs, numbers)
             gates = [f"gate_{i}" for i in range(len(staged.gates))] if all_gated(staged) else []
-            total, _, extras = self._sweep(batch, st, program, inputs, active, gates)
+            total, _, extras = self._sweep(staged, batch, st, program, inputs, active, gates)
             return total, metrics_of(staged, refuse_broken(extras, batch), batch)
         with torch.no_grad():
             d = dense_dists(batch, st, inputs["y"])
@@ -355,11 +356,13 @@ class LossModule(nn.Module):
             rows={**inputs, **rows},
             others=others,
             active=self._active(staged, batch, inputs, numbers),
+            chunk=rows_at_once(self, staged, batch),
         )
         return total, metrics_of(staged, refuse_broken(extras, batch), batch)
 
     def _sweep(
         self,
+        staged: Staged,
         batch: Batch,
         st: Stage,
         program,
@@ -382,6 +385,7 @@ class LossModule(nn.Module):
             active=active,
             gates=gates,
             reads_student=reads_student,
+            chunk=rows_at_once(self, staged, batch),
         )
 
 

@@ -7,6 +7,7 @@ measured; nothing is taken from the text of a title or a comment, and what was n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,9 +118,7 @@ def _teacher(run: Run) -> Made:
 
 
 def _comparator(run: Run) -> Made:
-    answers = [
-        f"{_named(run, t)}{t.route}: {t.written.get('feedback', '')}" for t in _feedback(run)
-    ]
+    answers = [f"{_named(run, t)}{t.route}: {_written(t, 'feedback')}" for t in _feedback(run)]
     return "Comparator and direction", answers, ("kl", "kl_teacher", "kl_sampled", "kl_listed")
 
 
@@ -150,9 +149,9 @@ def _credit(run: Run) -> Made:
     answers = []
     for t in _feedback(run):
         if t.credit or t.written.get("credit"):
-            answers.append(f"{_named(run, t)}{t.written.get('credit', t.credit)}")
+            answers.append(f"{_named(run, t)}{_written(t, 'credit') or t.credit}")
         if t.baseline or t.written.get("baseline"):
-            answers.append(f"{_named(run, t)}baseline {t.written.get('baseline', t.baseline)}")
+            answers.append(f"{_named(run, t)}baseline {_written(t, 'baseline') or t.baseline}")
     if run.method.gae:
         answers.append("γ = {:g}, λ = {:g}".format(*run.method.gae))
     for c in run.spec.critics:
@@ -167,7 +166,7 @@ def _routing(run: Run) -> Made:
     answers = []
     for t in _feedback(run):
         if t.routing.kind != "suppress":
-            answers.append(f"{_named(run, t)}{t.written.get('routing', t.routing.kind)}")
+            answers.append(f"{_named(run, t)}{_written(t, 'routing') or t.routing.kind}")
             if t.routing.routable is not None:
                 answers.append(f"without a candidate: {t.routing.otherwise}")
     if not answers and any(t.route == "reward" for t in _feedback(run)):
@@ -184,28 +183,25 @@ def _factors(run: Run) -> Made:
             node = getattr(t, what)
             if node.value is None:
                 knows = node.q.info.name.lower()
-                written = t.written.get(what) or "as in the spec"
+                written = _written(t, what) or "as in the spec"
                 answers.append(f"{_named(run, t)}{what} {written} (known from the {knows})")
     return "Gates and weights, and what they know", answers, ("kept/*", "gate_mean", "weight_mean")
 
 
 def _shaping(run: Run) -> Made:
     answers = [
-        f"{_named(run, t)}{t.written['shape']}, on the reward, before credit"
-        for t in _feedback(run) if t.written.get("shape")
-    ]  # fmt: skip
-    names = (
-        "clipped_signal",
-        "clipped_advantage",
-        "clipped_weight",
-        "clipped_strength",
-        "clipped_loss",
-    )
+        f"{_named(run, t)}{_written(t, 'shape')}, on the reward, before credit"
+        for t in _feedback(run)
+        if t.written.get("shape")
+    ]
+    names = tuple(f"clipped_{x}" for x in ("signal", "advantage", "weight", "strength", "loss"))
+    bound = [n for n in names if any(n in k for m in run.metrics for k in m)]
+    answers += [f"constant bounds in the {n.removeprefix('clipped_')}" for n in bound]
     return "Shaping, where it is applied, how often it binds", answers, names
 
 
 def _regularizers(run: Run) -> Made:
-    answers = [f"{t.written.get('feedback', t.name)}" for t in run.terms if t.kind == "regularizer"]
+    answers = [_written(t, "feedback") or t.name for t in run.terms if t.kind == "regularizer"]
     fixed = run.passport.get("fixed_point")
     answers += [f"the whole rests at: {fixed}"] if fixed else []
     return "Regularizers and the implied target", answers, ("loss/*",)
@@ -300,6 +296,12 @@ def _named(run: Run, term: Any) -> str:
     return f"{term.name}: " if len(run.terms) > 1 else ""
 
 
+def _written(term: Any, section: str) -> str:
+    """A section as the spec has it, in one line and without its comments."""
+    lines = (re.sub(r"(^|\s)#.*$", "", line) for line in term.written.get(section, "").splitlines())
+    return " ".join(" ".join(lines).split())
+
+
 def _nodes(run: Run) -> list[Any]:
     return list(nodes_below([t.loss for t in run.terms])) if run.terms else []
 
@@ -331,5 +333,5 @@ def measured(metrics: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list
         if values:
             mean = sum(values) / len(values)
             first, middle, last = (number(float(x)) for x in (values[0], mean, values[-1]))
-            out.append(f"{key}: first {first}, mean {middle}, last {last}")
+            out.append(f"{key} {first} → {last} (mean {middle})")
     return out

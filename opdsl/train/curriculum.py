@@ -149,14 +149,14 @@ class Curriculum:
 
     def _smallest(self, due: np.ndarray, n: int) -> list[int]:
         """The n prompts with the smallest (due, hash), ordered by it."""
-        if n < len(due):
-            limit = np.partition(due, n - 1)[n - 1]
-            candidates = np.flatnonzero(due <= limit)
-        else:
-            candidates = np.arange(len(due))
-        keys = self._hash(candidates, due[candidates])
-        order = np.lexsort((keys, due[candidates]))
-        return candidates[order[:n]].tolist()
+        limit = np.partition(due, n - 1)[n - 1]
+        first, last = np.flatnonzero(due < limit), np.flatnonzero(due == limit)
+        keys, wanted = self._hash(last, due[last]), n - len(first)
+        if wanted < len(last):  # among equals the smallest hashes; no sort of all of them
+            last = last[np.argpartition(keys, wanted - 1)[:wanted]]
+        chosen = np.concatenate([first, last])
+        order = np.lexsort((self._hash(chosen, due[chosen]), due[chosen]))
+        return chosen[order].tolist()
 
     def _hash(self, index: np.ndarray, due: np.ndarray) -> np.ndarray:
         """A pseudo-random 64-bit number for each (seed, prompt, pass): the order within a pass."""

@@ -177,7 +177,9 @@ def by_batching(model, prompts, max_new, stops, pad, sampling: Sampling, generat
         pad_token_id=pad,
         **sampling.for_transformers(),
     )
-    arguments = {"progress_bar": False, "continuous_batching_config": _batching_config(seed)}
+    longest = max(map(len, prompts))
+    batching = _batching_config(seed, len(prompts), longest, max_new, device)
+    arguments = {"progress_bar": False, "continuous_batching_config": batching}
     taken = inspect.signature(model.generate_batch).parameters
     arguments = {k: v for k, v in arguments.items() if k in taken and v is not None}
     devices = [device] if device.type == "cuda" else []
@@ -255,13 +257,22 @@ def _kept_with(logp_nV: Tensor, logits_nV: Tensor, token_n1: Tensor, sampling: S
     return logp_n1.squeeze(-1)
 
 
-def _batching_config(seed: int) -> Any:
-    """Seeded, and refusing what it cannot do; None where transformers has no such configuration."""
+PAGE = 256  # tokens of one block of paged memory, transformers' default
+
+
+def _batching_config(seed: int, rows: int, longest: int, max_new: int, device) -> Any:
+    """Seeded, and refusing what it cannot do; None where transformers has no such configuration.
+
+    Left to itself it takes most of the free memory, which on a CPU is the machine's.
+    """
     try:
         from transformers import ContinuousBatchingConfig
     except ImportError:
         return None
-    wanted = {"seed": seed, "drop_unsupported_processors": False}
+    wanted: dict[str, Any] = {"seed": seed, "drop_unsupported_processors": False}
+    if device.type == "cpu":
+        wanted["num_blocks"] = rows * (-(-(longest + max_new) // PAGE) + 1)
+        wanted["max_batch_tokens"] = min(8192, max(256, rows * longest))
     taken = inspect.signature(ContinuousBatchingConfig).parameters
     return ContinuousBatchingConfig(**{k: v for k, v in wanted.items() if k in taken})
 

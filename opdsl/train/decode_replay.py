@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from opdsl.train.decode_rewrite import shorten
 from opdsl.train.decode_steps import NEVER, FixedSteps
 from opdsl.train.decode_tape import Extent, Unsuitable, player, record
+from opdsl.train.memory import is_out_of_memory
 
 SPAN = 16  # slots by which a recorded step's attention grows
 KEPT = 2  # captured steps kept per model
@@ -32,6 +33,14 @@ def alike(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-4 if a.dtype == torch.float32 else 1e-2
     largest = a.float().abs().amax().clamp(min=1e-3)
     return bool((a.float() - b.float()).abs().amax() <= tolerance * largest)  # False with NaN
+
+
+def _unsuitable(what: str, error: Exception) -> Exception:
+    """The reason not to go this way; that there is no memory is no reason, and passed on."""
+    if is_out_of_memory(error):
+        return error
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return Unsuitable(f"{what}: {first}")
 
 
 class _Replayed(FixedSteps):
@@ -53,7 +62,7 @@ class _Replayed(FixedSteps):
         try:
             again = self.run().clone()  # first, so that it must have written its keys and values
         except RuntimeError as error:  # a shape that rewriting got wrong
-            raise Unsuitable(f"the step cannot be run again: {error}") from None
+            raise _unsuitable("the step cannot be run again", error) from None
         same = alike(again, self.call())
         for x in (self.at_1, self.position_B1):
             x.sub_(1)
@@ -89,7 +98,7 @@ class RecordedSteps(_Replayed):
         try:
             self.run = player(shorten(tape))
         except RuntimeError as error:  # a shape that rewriting got wrong
-            raise Unsuitable(f"the step cannot be shortened: {error}") from None
+            raise _unsuitable("the step cannot be shortened", error) from None
         return logits
 
     def _extend(self) -> None:
@@ -161,6 +170,11 @@ def take_captured(model: nn.Module, mask_BP: Tensor) -> CapturedSteps | None:
     return fits[0] if fits else None
 
 
+def forget_captured(model: nn.Module) -> None:
+    """Give back the memory of what is kept for a model."""
+    _KEPT.pop(model, None)
+
+
 def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
@@ -210,8 +224,7 @@ def _cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], Tensor], Tenso
             logits = step()
     except Exception as error:  # whatever the model's code raises while its stream is captured
         torch.cuda.synchronize()
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Unsuitable(f"the step cannot be captured: {first}") from None
+        raise _unsuitable("the step cannot be captured", error) from None
 
     def run() -> Tensor:
         graph.replay()

@@ -10,6 +10,7 @@ it computes, hence the care about views.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache as once
 from typing import Any
 
 import torch
@@ -25,9 +26,8 @@ def shorten(tape: Tape) -> Tape:
     """The same step in fewer and cheaper operations."""
     memory = _Memory(tape)
     tape = _folded(_shared(tape, memory), memory)
-    tape = Rewriter(tape, memory.settled).apply()
-    tape = _folded(_shared(tape, memory), memory)
-    return _packed(read_through(_needed(tape)))
+    tape = _needed(Rewriter(tape, memory.settled).apply())
+    return _packed(read_through(_folded(tape, memory)))
 
 
 class _Memory:
@@ -48,8 +48,12 @@ class _Memory:
 
 def _varies(op: Op) -> bool:
     """Whether equal arguments may give another value next time."""
-    random = torch.Tag.nondeterministic_seeded in getattr(op.func, "tags", ())
-    return random or any(isinstance(x, Extent) for x in op.args)
+    return _random(op.func) or any(isinstance(x, Extent) for x in op.args)
+
+
+@once
+def _random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
 
 def _shared(tape: Tape, memory: _Memory) -> Tape:

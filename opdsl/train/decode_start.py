@@ -86,6 +86,8 @@ def _fixed(way: str, model, past, mask_BP, position_B1, P: int, tokens: int) -> 
     if model in _UNSUITABLE and way == "captured":
         raise Unsuitable(_UNSUITABLE[model])
     check_fixed(model, past)
+    if any(hasattr(p, "device_mesh") for p in model.parameters()):
+        raise Unsuitable("the model's weights are split over processes")
     B, device = past.layers[0].keys.shape[0], past.layers[0].keys.device
     if mask_BP is None:
         mask_BP = torch.ones(B, P, dtype=torch.bool, device=device)

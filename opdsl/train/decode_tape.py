@@ -161,20 +161,21 @@ class _Recorder(TorchDispatchMode):
 
     def _ref(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
-            return x
-        if id(x) not in self.slots:
-            self.given.add(self.slot(x))
-        return Ref(self.slots[id(x)])
+            return mapped(x, self._ref) if isinstance(x, tuple | list) else x
+        slot = self.slots.get(id(x))
+        if slot is None:
+            slot = self.slot(x)
+            self.given.add(slot)
+        return Ref(slot)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):
-            raise Unsuitable(f"the step uses {func}, which cannot be recorded")
-        if any(t not in (Tensor, torch.nn.Parameter) for t in types):
+        if types and not _PLAIN.issuperset(types):
             raise Unsuitable("the step uses a subclass of torch.Tensor")
-        if any(tag in func.tags for tag in _REFUSED) and not _integer_index(func, args):
+        if not _recordable(func) and not _integer_index(func, args):
             raise Unsuitable(f"what the step does depends on numbers ({func})")
-        refs = mapped(tuple(args), self._ref), mapped(kwargs, self._ref)
+        ref = self._ref
+        refs = tuple([ref(x) for x in args]), {k: ref(x) for k, x in kwargs.items()}
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             slots: Any = self.slot(out)
@@ -184,6 +185,16 @@ class _Recorder(TorchDispatchMode):
             slots = ()
         self.ops.append(Op(func, *refs, slots))
         return out
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+@once
+def _recordable(func: Any) -> bool:
+    if not isinstance(func, torch._ops.OpOverload):
+        raise Unsuitable(f"the step uses {func}, which cannot be recorded")
+    return not any(tag in func.tags for tag in _REFUSED)
 
 
 def _integer_index(func, args) -> bool:
@@ -238,6 +249,7 @@ def player(tape: Tape) -> Callable[[], Tensor]:
     """A function that runs the tape. Its result may share memory with the next run's.
 
     A value is dropped after its last use, so that its memory is used again while it is warm.
+    Casts by autocast are operations of the tape; the tape itself runs without.
     """
     last: dict[int, int] = {}
     for i, op in enumerate(tape.ops):
@@ -249,10 +261,12 @@ def player(tape: Tape) -> Callable[[], Tensor]:
             dead[i].append(slot)
     program = [(_bound(op), op.out, tuple(d)) for op, d in zip(tape.ops, dead)]
     registers: list[Any] = [x if i in tape.given else None for i, x in enumerate(tape.values)]
-    result = tape.result
+    result, kind = tape.result, tape.values[tape.result].device.type
 
-    @torch.no_grad()
     def run() -> Tensor:
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return run()
         for call, out, gone in program:
             value = call(registers)
             if type(out) is int:

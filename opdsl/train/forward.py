@@ -35,6 +35,7 @@ class Forward:
     fused: bool
     head: Head | None  # None: the model's own head, see `known_head`
     total_steps: int = 1
+    memory: int | None = None  # bytes of loss and gradient on the fused route
 
     def states(self, rows: Rows) -> torch.Tensor:
         """Hidden states [B, T, H] that the head reads; logits [B, T, V] for other heads."""
@@ -102,7 +103,7 @@ class Forward:
         if self.runtime.half:
             # Half-precision products with float32 accumulation; master weights stay float32.
             live, head = live.bfloat16(), replace(head, weight=head.weight.bfloat16())
-        return Batch.from_hidden(live, head, **common)
+        return Batch.from_hidden(live, head, **common, memory=self.memory)
 
     def _sampler_logprobs(self, rows: Rows, states) -> torch.Tensor:
         """Log-probabilities [B, T] under the sampler; the student's own where nobody sampled."""

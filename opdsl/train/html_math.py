@@ -35,6 +35,10 @@ _SPACES = {",": "0.17em", ":": "0.22em", ";": "0.28em", " ": "0.33em", "quad": "
            "qquad": "2em", "!": "0em"}  # fmt: skip
 _NAMED = frozenset({"log", "exp", "min", "max", "sup", "inf", "arg", "tanh", "Pr"})
 _BIG = {"sum": "∑", "prod": "∏"}
+# Behind these a minus is a sign, not a difference.
+_BEFORE_SIGN = frozenset("=<>(,[{:|+-/") | {
+    "\\{", "\\left", "\\cdot", "\\leq", "\\geq", "\\neq", "\\in", "\\propto", "\\wedge", "\\quad",
+}  # fmt: skip
 _BOLD = {str(i): chr(0x1D7CE + i) for i in range(10)}
 _BOLD |= {chr(65 + i): chr(0x1D400 + i) for i in range(26)}
 _BOLD |= {chr(97 + i): chr(0x1D41A + i) for i in range(26)}
@@ -50,8 +54,8 @@ def mathml(latex: str, spoken: str = "", display: bool = True) -> Html:
     return el(
         "math",
         el("mrow", *inner),
-        xmlns="http://www.w3.org/1998/Math/MathML",
-        display="block" if display else "inline",
+        display="inline",
+        displaystyle="true" if display else None,
         alttext=spoken or latex,
     )
 
@@ -78,6 +82,7 @@ class _Reader:
     def row(self, until: str) -> list[Html]:
         """Elements up to `until` ("" is the end), which is taken too."""
         out: list[Html] = []
+        before = "("
         while True:
             token = self.peek()
             if token == until:
@@ -85,7 +90,12 @@ class _Reader:
                 return out
             if not token or token in ("}", "\\right"):
                 raise ValueError(f"{token or 'the end'} where {until or 'no brace'} was expected")
-            out += self.scripted()
+            if token == "-" and before in _BEFORE_SIGN:
+                self.at += 1
+                out.append(el("mo", "−", form="prefix"))
+            else:
+                out += self.scripted()
+            before = before if token in ("\\,", "\\ ") else token
 
     def scripted(self) -> list[Html]:
         """One atom with its sub- and superscripts, and the space that follows a name."""

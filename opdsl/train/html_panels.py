@@ -20,7 +20,7 @@ PANELS: tuple[tuple[str, tuple[tuple[str, str, tuple[str, ...]], ...]], ...] = (
     )),
     ("Distance to the teacher", (
         ("KL divergence", "nats", ("kl", "kl_teacher", "kl_listed", "kl_teacher_listed")),
-        ("KL(student || teacher), estimated from all own tokens", "nats", ("kl_sampled",)),
+        ("KL(student || teacher), estimated", "nats", ("kl_sampled",)),
         ("Entropy", "nats", ("entropy", "teacher_entropy")),
         ("Shared among the most probable tokens", "share", ("overlap", "overlap_mass", "overlap_teacher_mass")),
         ("Mass on the other's most probable tokens", "share", ("student_top_teacher_mass", "teacher_top_student_mass")),
@@ -60,18 +60,53 @@ MOST_SERIES = 8
 def panels(metrics: Records, evals: Records, timings: Records) -> list[tuple[str, list[Chart]]]:
     """(heading, charts) in order; charts without a point are left out."""
     keys = list(dict.fromkeys(k for m in metrics for k in m))
-    found = [("Accuracy", accuracy(evals))]
+    found: list[tuple[str, list[Chart]]] = []
     number = 0
     for heading, charts in PANELS:
         made = []
         for title, unit, names in charts:
             number += 1
-            series = [s for name in names for s in _series(name, keys, metrics)]
+            if names == ("kl_sampled",) and _matching("kl", keys):
+                continue  # the exact figure is there
+            series = _apart([s for name in names for s in _series(name, keys, metrics)])
             made.append(Chart(f"c{number}", title, unit, tuple(series[:MOST_SERIES])))
-        found.append((heading, made))
+        found.append((heading, accuracy(evals) + made if heading == "Objective" else made))
     found.append(("Pace", pace(metrics, timings)))
-    kept = [(h, [c for c in charts if any(s.points for s in c.series)]) for h, charts in found]
+    kept = [(h, [c for c in charts if _telling(c)]) for h, charts in found]
     return [(h, charts) for h, charts in kept if charts]
+
+
+def _telling(chart: Chart) -> bool:
+    """Whether a chart has points that are more than rounding errors."""
+    return any(abs(y) > 1e-5 for s in chart.series for _, y in s.points)
+
+
+def _apart(series: list[Series]) -> list[Series]:
+    """Without curves that lie exactly on an earlier one."""
+    seen: set[tuple] = set()
+    return [s for s in series if s.points not in seen and not seen.add(s.points)]
+
+
+LABELS = {
+    "kl": "student || teacher", "kl_teacher": "teacher || student",
+    "kl_listed": "student || teacher, lower bound", "kl_teacher_listed": "teacher || student, lower bound",
+    "entropy": "student", "teacher_entropy": "teacher", "eos": "student", "teacher_eos": "teacher",
+    "overlap": "tokens", "overlap_mass": "student mass", "overlap_teacher_mass": "teacher mass",
+    "student_top_teacher_mass": "teacher on the student's", "teacher_top_student_mass": "student on the teacher's",
+    "support_student": "student", "support_teacher": "teacher",
+    "listed_student_mass": "student, on the list", "listed_teacher_mass": "teacher, on the list",
+    "teacher_uniformity": "entropy / ln V", "teacher_rejects": "rejected tokens",
+    "routing_trigger": "acts", "routing_routable": "finds a candidate", "reward": "all",
+    "length": "mean", "length_max": "longest",
+}  # fmt: skip
+
+
+def label(key: str) -> str:
+    """A curve's name in the legend of its chart; the owner of a figure stands behind it."""
+    stem, _, owner = key.partition("/")
+    if key.startswith(("loss/", "kept/", "reward/")):
+        return owner
+    return f"{LABELS.get(stem, stem.replace('_', ' '))} {owner}".strip()
 
 
 def points(records: Records, key: str) -> tuple[tuple[float, float], ...]:
@@ -88,8 +123,7 @@ def _series(name: str, keys: Sequence[str], metrics: Records) -> list[Series]:
         return _banded(name[:-1], keys, metrics)
     out = []
     for key in _matching(name, keys):
-        text = key.replace("_", " ")
-        out.append(Series(text, points(metrics, key)))
+        out.append(Series(label(key), points(metrics, key)))
     # One term: its share is the loss itself, and one curve says it all.
     return [] if name == "loss/*" and len(out) < 2 else out
 

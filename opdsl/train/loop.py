@@ -121,7 +121,8 @@ class _Run:
     def run(self) -> Summary:
         """The whole run. A full disk and exhausted memory end it with a message."""
         try:
-            return self._run()
+            with streams.callers_generators_kept():
+                return self._run()
         except RunProblem:
             raise
         except Exception as error:
@@ -308,6 +309,26 @@ class _Run:
         except OSError:
             pass
 
+    def _shown_prompts(self) -> list[str]:
+        prompts = next(iter(self.sets.values()), [])[:SAMPLES]
+        return [self.session.data.prompt_text(p) for p in prompts]
+
+    def _write_page(self, summary: Summary, metrics: list[dict[str, Any]]) -> None:
+        """`report.html`. A finished run is not lost over its page, except to a full disk."""
+        from opdsl.train import html_report
+
+        session = self.session
+        try:
+            written = html_report.write(
+                self.out, summary, self.method, self.plan, session.identity, metrics,
+                self._shown_prompts(),
+            )  # fmt: skip
+            summary.files.update(written)
+        except OSError:
+            raise
+        except Exception as error:
+            self.progress.note(f"note      report.html was not written: {error!r}"[:300])
+
     def _write_plan(self) -> None:
         record = self.plan.decides() | {
             "method": self.plan.method,
@@ -351,14 +372,15 @@ class _Run:
             out=str(self.out),
         )
         if plan.settings.report:
-            prompts = [
-                session.data.prompt_text(p) for p in next(iter(self.sets.values()), [])[:SAMPLES]
-            ]
-            summary.files.update(report.write(self.out, summary, self.method, metrics, prompts))
+            summary.files.update(
+                report.write(self.out, summary, self.method, metrics, self._shown_prompts())
+            )
         self.place = (plan.recipe.steps, "exporting the student")
         if plan.settings.export:
             models.export(session.student, self.out / "student", session.tokenizer)
             summary.files["student"] = str(self.out / "student")
+        if plan.settings.report:
+            self._write_page(summary, metrics)
         temporary = self.out / "summary.json.tmp"
         temporary.write_text(json.dumps(summary.to_json(), indent=1), encoding="utf-8")
         os.replace(temporary, self.out / "summary.json")

@@ -274,6 +274,11 @@ def parameters_of(name: str, role: str) -> int:
         return count_parameters(AutoModelForCausalLM.from_config(_config(name, role)))
 
 
+def config_of(name: str, role: str):
+    """The configuration of a model that is not loaded."""
+    return _config(name, role)
+
+
 def _config(name: str, role: str):
     from transformers import AutoConfig
 

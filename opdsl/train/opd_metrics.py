@@ -47,11 +47,23 @@ def _spread(name: str, group: str, unit: str, text: str) -> tuple[Metric, ...]:
 CATALOGUE: tuple[Metric, ...] = (
     Metric("step", "step", "", "optimizer steps done; 0 and below: warm-up of critics", "same"),
     Metric("skipped", "step", "", "why the step was left out, where it was", "same"),
+    Metric("dropped", "step", "", "why the batch was left out, where a server lost it", "same"),
     Metric("rows", "step", "", "responses trained on", "sum"),
     Metric("tokens", "step", "", "response tokens trained on", "sum"),
     Metric("loss", "objective", "", "the method's loss", "sum"),
     Metric("loss/*", "objective", "", "the share of one term; the shares add up", "sum"),
     Metric("reward", "objective", "share", "student's responses the verifier accepts"),
+    Metric("reward/*", "objective", "share", "the same by the field `domain`, where there are several"),
+    Metric("groups", "groups", "", "prompts with two or more judged responses", "sum"),
+    Metric("groups_right", "groups", "share", "of them: every response is right"),
+    Metric("groups_wrong", "groups", "share", "of them: every response is wrong"),
+    Metric("groups_mixed", "groups", "share", "of them: some are"),
+    Metric("pass_rate_min", "groups", "share", "pass rate of the worst group", "min"),
+    Metric("pass_rate_max", "groups", "share", "pass rate of the best group", "max"),
+    Metric("group_std", "groups", "share", "deviation of the score inside a group, mean"),
+    Metric("curriculum_seen", "groups", "share", "prompts judged at all so far", "same"),
+    Metric("curriculum_hard", "groups", "share", "prompts that are drawn less: too hard", "same"),
+    Metric("curriculum_easy", "groups", "share", "prompts that are drawn less: too easy", "same"),
     Metric("grad_norm", "optimizer", "", "gradient norm before clipping", "same"),
     Metric("lr", "optimizer", "", "learning rate", "same"),
     # divergences, exact over the vocabulary at sampled tokens
@@ -126,7 +138,7 @@ def _pattern(name: str) -> str:
     stem = re.escape(name.rstrip("*"))
     if not name.endswith("*"):
         return stem
-    if name in ("loss/*", "kept/*"):
+    if name in ("loss/*", "kept/*", "reward/*"):
         return stem + ".+"
     if name.startswith("critic_"):
         return rf"(.+/)?{stem}"  # a critic's name comes first

@@ -107,9 +107,7 @@ def group_statistics(rows: Rows, outcome_B: torch.Tensor) -> dict[str, float]:
         return {}
     rates = [sum(g) / len(g) for g in groups]
     right, wrong = sum(min(g) == 1.0 for g in groups), sum(max(g) == 0.0 for g in groups)
-    spread = [
-        math.sqrt(sum((s - rate) ** 2 for s in g) / len(g)) for g, rate in zip(groups, rates)
-    ]
+    spread = [math.sqrt(sum((s - rate) ** 2 for s in g) / len(g)) for g, rate in zip(groups, rates)]
     n = len(groups)
     return {
         "groups": n,

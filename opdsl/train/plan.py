@@ -28,7 +28,7 @@ _BLOCK_NUMBERS = (
 )  # fmt: skip
 _BLOCK_TEXTS = (
     "data", "student", "precision", "device", "out", "task", "eval_data", "verifier", "columns",
-    "curriculum",
+    "curriculum", "memory",
 )  # fmt: skip
 _OF_DATA = ("columns", "curriculum")  # settings that mean nothing without data of one's own
 
@@ -91,6 +91,7 @@ class Plan:
                     "verifier": self.settings.verifier,
                     "columns": self.settings.columns,
                     "curriculum": self.settings.curriculum,
+                    "rollout": dict(self.settings.rollout) or None,
                     **recipe,
                 }
             )

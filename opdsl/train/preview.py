@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 from opdsl.train import models
 from opdsl.train.bindings import EMBEDDED, START
+from opdsl.train.forecast import WHOLE, loss_of, sizes_of
 from opdsl.train.plan import Plan, complete
 from opdsl.train.teachers.distant import open_all
 
@@ -23,6 +25,7 @@ class Preview:
     parameters: dict[str, int]
     memory: dict[str, float]
     notes: tuple[str, ...]
+    cost: Any = None  # an `emit.forecast.Forecast` of one micro-batch
 
     def lines(self) -> list[str]:
         plan = self.plan
@@ -40,6 +43,9 @@ class Preview:
             lines.append(f"memory    about {total:.2f} GB before activations ({parts})")
         most = plan.recipe.batch * plan.max_tokens
         lines.append(f"tokens    at most {most:,} response tokens a step")
+        if self.cost is not None:
+            first, *rest = self.cost.lines()
+            lines += [f"loss of   {first}", *(f"  {line}" for line in rest)]
         lines.append(f"tests     after steps {', '.join(map(str, plan.evals))}")
         lines += [f"note      {note}" for note in self.notes]
         lines.append("nothing was trained (--dry-run)")
@@ -57,6 +63,9 @@ class Preview:
             "rows": self.rows,
             "parameters": self.parameters,
             "memory_gb": self.memory,
+            "cost": None
+            if self.cost is None
+            else json.loads(json.dumps(self.cost.to_json(), default=list)),
             "notes": [*plan.notes, *self.notes],
         }
 
@@ -99,7 +108,12 @@ def preview(method, plan: Plan) -> Preview:
         rows, notes = data.rows, tuple(data.notes)
         plan = replace(plan, max_tokens=data.max_new_tokens)
     notes += tuple(elsewhere.lines())
-    return Preview(complete(plan, method, rows), needs, rows, parameters, memory, notes)
+    configs = {role: models.config_of(source, role) for role, source in named.items()}
+    away = [name for name in plan.teachers if name in elsewhere]
+    cost = loss_of(method, plan, sizes_of(plan, configs), away)
+    if cost.whole and plan.settings.memory is not None:
+        notes += (WHOLE,)
+    return Preview(complete(plan, method, rows), needs, rows, parameters, memory, notes, cost)
 
 
 def _cuda() -> bool:

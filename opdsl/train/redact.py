@@ -21,9 +21,10 @@ _PATTERNS = (
 )
 _ASSIGNED = re.compile(rf"(?i)^(-*{_NAME})=(.+)$")
 _OPTION = re.compile(rf"(?i)^--?{_NAME}$")
-# Words with `key` or `token` in them that name no secret.
+# Words with `key` or `token` in them that name no secret: counts, ids, names of variables.
 _HARMLESS = re.compile(
-    r"(?i)^-*(max|min|eos|bos|pad|response|prompt)?[-_]?tokens?(izer)?([-_]\w+)?$"
+    r"(?i)^-*(?:[\w-]+[-_]env|(?:\w+[-_])?(?:tokens|tokenizer)(?:[-_]\w+)?"
+    r"|(?:max|min|eos|bos|pad|end)[-_]token(?:[-_]\w+)?)$"
 )
 
 

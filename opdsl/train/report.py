@@ -115,7 +115,7 @@ def closing_lines(summary, spec: str) -> list[str]:
     )
     if summary.counts:
         lines.append("counts  " + ", ".join(f"{what}: {n}" for what, n in summary.counts.items()))
-    for name in ("report", "student"):
+    for name in ("report", "page", "student"):
         if name in summary.files:
             lines.append(f"{name:<7} {summary.files[name]}")
     if summary.student == "embedded":

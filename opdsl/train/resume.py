@@ -55,7 +55,8 @@ def memories(session) -> dict[str, Any]:
     part as soon as they have the two.
     """
     engine = session.engine
-    holders = {"watch": engine.watched, "data": session.data, "states": engine.states}
+    holders = {"watch": engine.watched, "outcomes": engine.outcomes, "data": session.data}
+    holders["states"] = engine.states
     holders |= {f"teacher {name}": teacher for name, teacher in engine.teachers.items()}
     return {name: x for name, x in holders.items() if hasattr(x, "memory")}
 

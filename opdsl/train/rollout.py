@@ -21,8 +21,10 @@ from dataclasses import dataclass
 import torch
 
 from opdsl.train.decode_generate import Notes, Sampling, by_batching, by_generate, found
+from opdsl.train.decode_replay import forget_captured
 from opdsl.train.decode_start import start
 from opdsl.train.decode_steps import cache_name
+from opdsl.train.memory import is_out_of_memory
 from opdsl.train.sampling import Sampler, blocked_head, inverse_cdf, sampling_logprobs
 
 BACKENDS = ("own", "generate_batch")
@@ -103,13 +105,17 @@ def decode(
     if was_training:
         model.eval()
     try:
-        with torch.no_grad(), blocked_head(model, len(prompts), max_new_tokens):
+        with torch.no_grad():
             if backend == "generate_batch":
                 sampled = by_batching(*given)
-            elif cache_name(model) is None:
-                sampled = by_generate(*given)
             else:
-                sampled = _own(*given, steps)
+                with blocked_head(model, len(prompts), max_new_tokens):
+                    known = cache_name(model) is not None
+                    sampled = _own(*given, steps) if known else by_generate(*given)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            forget_captured(model)
+        raise
     finally:
         if was_training:
             model.train()

@@ -42,6 +42,9 @@ def sampling_logprobs(
 
 
 BLOCK = 256  # words summed at once before anything is accumulated
+# x · BELOW < x for every float32 x > 0, by at most two units in the last place. A product or difference
+# that was rounded up to the total would fall behind the last token.
+BELOW = 1 - 2**-24
 
 
 def inverse_cdf(logprobs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
@@ -63,21 +66,17 @@ def pick(weights_BW: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tenso
     """
     B = len(weights_BW)
     blocks_BGK = weights_BW.view(B, -1, BLOCK)
-    cdf_BG = blocks_BGK.sum(-1).cumsum(-1)
-    total_B1 = cdf_BG[:, -1:]
-    point_B1 = _below(uniform_B.to(cdf_BG).unsqueeze(-1) * total_B1, total_B1)
-    block_B1 = torch.searchsorted(cdf_BG, point_B1, right=True).clamp(max=cdf_BG.shape[1] - 1)
-    before_B1 = torch.where(block_B1 > 0, cdf_BG.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    G = blocks_BGK.shape[1]
+    cdf_BG1 = weights_BW.new_zeros(B, G + 1)  # 0 in front: what lies before a block
+    torch.cumsum(blocks_BGK.sum(-1), -1, out=cdf_BG1[:, 1:])
+    total_B1 = cdf_BG1[:, -1:]
+    point_B1 = torch.minimum(uniform_B.to(total_B1).unsqueeze(-1) * total_B1, total_B1 * BELOW)
+    block_B1 = torch.searchsorted(cdf_BG1, point_B1, right=True).clamp_(max=G).sub_(1)
     rows = torch.arange(B, device=weights_BW.device)
     inner_BK = blocks_BGK[rows, block_B1[:, 0]].cumsum(-1)
-    inside_B1 = _below(point_B1 - before_B1, inner_BK[:, -1:])
+    inside_B1 = torch.minimum(point_B1 - cdf_BG1.gather(1, block_B1), inner_BK[:, -1:] * BELOW)
     place_B1 = torch.searchsorted(inner_BK, inside_B1, right=True)
     return (block_B1 * BLOCK + place_B1).squeeze(-1), total_B1.squeeze(-1)
-
-
-def _below(point_B1: torch.Tensor, total_B1: torch.Tensor) -> torch.Tensor:
-    """A product or difference rounded up to the total would fall behind the last token."""
-    return torch.minimum(point_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
 
 
 class Sampler:

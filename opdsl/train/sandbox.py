@@ -189,8 +189,8 @@ class Limited:
                     piece = os.read(key.fd, PIECE)
                     self._read += len(piece)
                     if self._read > self.limits.output:
-                        self.close()
-                        raise Stopped(f"more than {self.limits.output:,} bytes of output", lines)
+                        self.close()  # and nothing of what it said is worth keeping
+                        raise Stopped(f"more than {self.limits.output:,} bytes of output", [])
                     if key.fileobj is stderr:
                         self._error = (self._error + piece)[:ERROR_TEXT]
                         if not piece:

@@ -55,7 +55,10 @@ class RunSettings:
     keep: int = 3
     device: str | None = None
     precision: str | None = None
+    memory: str | None = None  # of loss and gradient, "2GiB"; tokens at a time follow
+    compile: bool = False  # dense row passes on a CPU through torch.compile
     optimize: Mapping[str, object] = field(default_factory=dict)
+    rollout: Mapping[str, object] = field(default_factory=dict)  # see `parse_rollout`
     teacher_failure: str | None = None  # halt | pause | drop_batch(N), see `teachers.link`
     teacher_timeout: float | None = None  # seconds for the scores of one batch
     teacher_key_env: str | None = None  # environment variable with a server's key
@@ -167,6 +170,30 @@ def parse_optimize(name: str, text: str) -> tuple[str, object]:
     else:
         value = None if text.strip() == "none" else text.strip()
     return name, check_optimize(name, value)
+
+
+# name -> what is accepted
+_ROLLOUT = {"backend": ("own", "generate_batch")}
+
+
+def parse_rollout(name: str, text: str) -> tuple[str, str]:
+    """`rollout.NAME=TEXT` of the command line, checked: who samples the training rollouts.
+
+    backend: `own`, or `generate_batch` of transformers' continuous batching.
+    Raises RunProblem OPD119 for an unknown name, OPD112 for another value.
+    """
+    if name not in _ROLLOUT:
+        near = difflib.get_close_matches(name, _ROLLOUT, n=1, cutoff=0.5)
+        helps = [f"did you mean rollout.{near[0]}?"] if near else []
+        raise problem(
+            "OPD119",
+            f"there is no setting rollout.{name}",
+            helps=[*helps, "settings: " + ", ".join(sorted(_ROLLOUT))],
+        )
+    if text not in _ROLLOUT[name]:
+        wanted = " or ".join(_ROLLOUT[name])
+        raise problem("OPD112", f"rollout.{name} = {text} is not {wanted}")
+    return name, text
 
 
 def check_optimize(name: str, value: object) -> object:

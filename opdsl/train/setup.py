@@ -13,6 +13,7 @@ from opdsl.train.bindings import EMBEDDED, START, TaskData, invented_fields, tem
 from opdsl.train.critic import Critic
 from opdsl.train.data import FileData, FileOptions
 from opdsl.train.errors import problem
+from opdsl.train.forecast import WHOLE, loss_of, memory_of, sizes_of
 from opdsl.train.forward import Forward
 from opdsl.train.meters import EVERY, EVERY_FUSED, Meters
 from opdsl.train.plan import Plan, complete
@@ -101,6 +102,10 @@ def build(method, plan: Plan, progress: Progress) -> Session:
     # A head that is more than product, scale and soft cap needs logits throughout.
     others = [models.known_head(model, vocabulary) for model in loaded.values()]
     fused = vocabulary > FUSED_FROM and all(h is not None for h in (head, *others))
+    if settings.memory is not None:
+        _check_memory(method, plan, student, loaded, distant, fused, progress)
+    if settings.compile:
+        _compile(method, runtime, fused, progress)
     plan = complete(
         replace(plan, max_tokens=min(plan.max_tokens, data.max_new_tokens)), method, data.rows
     )
@@ -129,11 +134,14 @@ def build(method, plan: Plan, progress: Progress) -> Session:
         vocabulary=vocabulary,
         runtime=runtime,
         chunk=DECODE_ROWS,
+        backend=_backend(settings, student),
     )
     parameters = models.count_parameters(student)
     engine = Engine(
         method=method,
-        forward=Forward(student, runtime, vocabulary, fused, head, plan.recipe.steps),
+        forward=Forward(
+            student, runtime, vocabulary, fused, head, plan.recipe.steps, memory_of(settings.memory)
+        ),
         teachers=teachers,
         initial=initial,
         critics=[Critic(c, student, runtime) for c in _critics(method)],
@@ -158,6 +166,16 @@ def build(method, plan: Plan, progress: Progress) -> Session:
         parameters,
         identity,
     )
+
+
+def _check_memory(method, plan, student, loaded, distant, fused, progress) -> None:
+    """Raises RunProblem OPD112 where the stated memory is too little for the loss."""
+    models_by_role = {"student": student, **loaded}
+    configs = {role: models.bare(model).config for role, model in models_by_role.items()}
+    away = [name for name in plan.teachers if name in distant]
+    found = loss_of(method, plan, sizes_of(plan, configs), away, not fused)
+    if found.whole:
+        progress.note(WHOLE)
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -247,6 +265,25 @@ def file_data(method, plan: Plan, tokenizer, contexts: list[int | None]) -> File
         curriculum=settings.curriculum,
     )
     return FileData(plan.data or "", tokenizer, options, plan.eval_data)
+
+
+def _backend(settings, student) -> str:
+    """Who samples the training rollouts. Raises RunProblem OPD701 where that cannot be had."""
+    backend = str(settings.rollout.get("backend", "own"))
+    if backend == "generate_batch":
+        from opdsl.train.decode_generate import check_batching
+
+        check_batching(models.bare(student))
+    return backend
+
+
+def _compile(method, runtime, fused: bool, progress: Progress) -> None:
+    """What `--compile` asks for, or why it changes nothing."""
+    if runtime.device.type == "cpu" and fused:
+        method.loss.compile()
+        return
+    why = f"a vocabulary above {FUSED_FROM} words" if not fused else "a CPU; a GPU has row kernels"
+    progress.note(f"--compile changes nothing here: it is for {why}")
 
 
 def _meters(method, data, plan: Plan, fused: bool, progress: Progress) -> Meters:

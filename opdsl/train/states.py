@@ -75,7 +75,8 @@ class States:
     """Draws the rows of any step; a pure function of (weights, seed, step).
 
     policy(name) gives the model behind "student", "old" or a teacher; view(name, prompt) the
-    prompt tokens that model reads. prompts: how many per step.
+    prompt tokens that model reads. prompts: how many per step. backend: who samples from one policy
+    alone, see `rollout.decode`.
     """
 
     def __init__(
@@ -91,10 +92,12 @@ class States:
         vocabulary: int,
         runtime,
         chunk: int | None = None,
+        backend: str = "own",
     ):
         self.sources, self.data, self.policy, self.view = tuple(sources), data, policy, view
         self.count, self.steps, self.seed = prompts, steps, seed
         self.vocabulary, self.runtime, self.chunk = vocabulary, runtime, chunk
+        self.backend = backend  # who samples for training, see `rollout.decode`
         self.halved = 0  # how often memory ran out while sampling
 
     def rows(self, step: int) -> Rows:
@@ -159,6 +162,8 @@ class States:
         """Responses of a source's policy or policies."""
         who = [name for _, name in source.parts] or [source.policy]
         ids = [[self.view(name, p) for p in prompts] for name in who]
+        if not source.parts:  # several policies on one response are our own loop's affair
+            settings["backend"] = self.backend
         return self._chunks(source, [self.policy(name) for name in who], ids, settings)
 
     def _chunks(self, source, models: list[Any], ids: list, settings: dict) -> Rollouts:

@@ -6,6 +6,7 @@ the numbers the uninterrupted run would have drawn, and needs one integer to do 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 from functools import lru_cache
@@ -22,6 +23,22 @@ def torch_generator(seed: int, stream: str, step: int = 0):
     import torch
 
     return torch.Generator().manual_seed(seed_for(seed, stream, step))
+
+
+@contextlib.contextmanager
+def callers_generators_kept():
+    """Put the generators of `seed_everything` back afterwards: they are the caller's."""
+    import torch
+
+    before, on_cpu = random.getstate(), torch.get_rng_state()
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        torch.set_rng_state(on_cpu)
+        if on_cuda:
+            torch.cuda.set_rng_state_all(on_cuda)
 
 
 def seed_everything(seed: int, step: int) -> None:

@@ -85,7 +85,7 @@ class Faulty(Handler):
                     break
                 time.sleep(0.05)
         elif action == "hang":
-            time.sleep(2.0)
+            time.sleep(3.0)
         elif action == "not http":
             self.wfile.write(b"\x00\x01\x02 what is this\r\n\r\n")
             self.close_connection = True

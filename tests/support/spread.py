@@ -14,10 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch import Tensor
 
 import opdsl
 from opdsl.emit.batch import Batch
@@ -197,14 +194,14 @@ def parted(
             kept[k] = kept.get(k, 0.0) + v * (1.0 if shares else found.metrics["tokens"])
         if found.loss.requires_grad:
             found.loss.backward(retain_graph=True)
-    out = {"loss": error(_sum(total, group), want.loss.detach())}
+    out = {"loss": error(summed(total, group), want.loss.detach())}
     for leaf, slope in zip(leaves, slopes):
         mine = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        out[f"gradient {tuple(leaf.shape)}"] = error(_sum(mine, group), slope)
+        out[f"gradient {tuple(leaf.shape)}"] = error(summed(mine, group), slope)
     names = [k for k in want.metrics if k.startswith("loss/")]
     for k in names:
         mine = torch.tensor(kept.get(k, 0.0), dtype=torch.float64)
-        out[k] = error(_sum(mine, group), want.metrics[k])
+        out[k] = error(summed(mine, group), want.metrics[k])
     return out
 
 
@@ -215,7 +212,7 @@ def _formed(x: batches.Inputs, form: str) -> tuple[Batch, tuple[Tensor, ...]]:
     return batch, (leaf,)
 
 
-def _sum(x: Tensor, group: Any) -> Tensor:
+def summed(x: Tensor, group: Any) -> Tensor:
     x = x.clone()
     dist.all_reduce(x, group=group)
     return x
@@ -239,108 +236,14 @@ def strangers(group: Any, text: str) -> dict[str, float]:
     want.loss.backward()
     lo, hi = 3 * rank, 3 * rank + 3
     own, mine = batch(lo, hi)
+    own = own.numbered(lo)
     (context,) = loss.prepare([own], group)
     got = loss(own, context)
     got.loss.backward()
     return {
-        "loss": error(_sum(got.loss.detach(), group), want.loss.detach()),
+        "loss": error(summed(got.loss.detach(), group), want.loss.detach()),
         "gradient": error(mine.grad, z.grad[lo:hi]),
     }
-
-
-# ---- a head that a trainer shards --------------------------------------------------------------
-
-
-class Model(nn.Module):
-    """Words to hidden states, and a head: its own, or the embedding's weight."""
-
-    def __init__(self, tied: bool) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.embed = nn.Embedding(V, 6, dtype=torch.float64)
-        self.trunk = nn.Linear(6, 6, dtype=torch.float64)
-        self.head = nn.Linear(6, V, bias=not tied, dtype=torch.float64)
-        if tied:
-            self.head.weight = self.embed.weight
-        for p in self.parameters():
-            nn.init.normal_(p, generator=generator)
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.trunk(self.embed(tokens_BT)).tanh()
-
-
-def fsdp(group: Any, text: str, how: str, micro: int) -> dict[str, float]:
-    """Errors of every parameter's gradient under FSDP2 against one process.
-
-    how: "whole" (one unit of parameters), "tied" (head and embedding are one), "own" (the head is a
-    unit of its own), "teacher" (own, and the teacher's head is a DTensor too), "half" (the head is
-    gathered in float32)
-    """
-    loss, x = method_of(text).loss, inputs(text, golden=False)
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    mesh = DeviceMesh.from_group(group, "cpu")
-    B = len(x.tokens_BT)
-
-    def batch(model: Model, lo: int, hi: int, head: Any, teacher: Tensor):
-        own = {k: v[lo:hi] if isinstance(v, Tensor | tuple) else v for k, v in x.rest.items()}
-        th = next(iter(x.teacher_hidden.values()))[0]
-        states = model(own["tokens"])
-        leaf = states.detach().requires_grad_()  # the parts go back to here, the trunk goes once
-        given = {"teacher_hidden": th[lo:hi], "teacher_head": teacher}
-        return Batch.from_hidden(leaf, head, **given, **own), states, leaf
-
-    teacher = next(iter(x.teacher_hidden.values()))[1]
-    alone = Model(how == "tied")
-    whole, states, leaf = batch(alone, 0, B, alone.head, teacher)
-    want = loss(whole).loss
-    want.backward()
-    states.backward(leaf.grad)
-
-    model = Model(how == "tied")
-    if how not in ("whole", "tied"):
-        fully_shard(model.head, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    head: Any = model.head
-    if how == "half":
-        head = Head(model.head.weight, model.head.bias).gathered(torch.float32)
-    if how == "teacher":
-        teacher = distribute_tensor(teacher, mesh, [Shard(0)])
-    edge = [0, 3, B] if world == 2 else [0, 3, 3, B]  # one of three has no sequence
-    own, states, leaf = batch(model, edge[rank], edge[rank + 1], head, teacher)
-    parts = own.split(micro)
-    total = torch.zeros((), dtype=torch.float64)
-    for part, context in zip(parts, loss.prepare(parts, group)):
-        value = loss(part, context).loss
-        total += value.detach()
-        (value * world).backward(retain_graph=True)  # FSDP takes the mean
-    states.backward(leaf.grad)
-    out = {"loss": error(_sum(total, group), want.detach())}
-    for (name, p), q in zip(model.named_parameters(), alone.parameters()):
-        got = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        out[name] = error(got, q.grad)
-    return out
-
-
-def ddp(group: Any, text: str) -> dict[str, float]:
-    """Errors of every parameter's gradient under DDP against one process."""
-    loss, x = method_of(text).loss, inputs(text, golden=False)
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    th, tw = next(iter(x.teacher_hidden.values()))
-
-    def batch(states: Tensor, model: Model, lo: int, hi: int) -> Batch:
-        own = {k: v[lo:hi] if isinstance(v, Tensor | tuple) else v for k, v in x.rest.items()}
-        given = {"teacher_hidden": th[lo:hi], "teacher_head": tw}
-        return Batch.from_hidden(states, model.head, **given, **own)
-
-    alone, model = Model(False), Model(False)
-    loss(batch(alone(x.tokens_BT), alone, 0, 6)).loss.backward()
-    wrapped = nn.parallel.DistributedDataParallel(model, process_group=group)
-    lo, hi = ((0, 4), (4, 4), (4, 6))[rank]  # the one in the middle has nothing
-    own = batch(wrapped(x.tokens_BT[lo:hi]), model, lo, hi)
-    (context,) = loss.prepare([own], group)
-    (loss(own, context).loss * world).backward()
-    pairs = zip(model.named_parameters(), alone.parameters())
-    return {name: error(p.grad, q.grad) for (name, p), q in pairs}
 
 
 def crossed(group: Any, text: str) -> dict[str, float]:
@@ -357,9 +260,9 @@ def crossed(group: Any, text: str) -> dict[str, float]:
     (context,) = loss.prepare([own], halves)
     got = loss(own, context).loss
     got.backward()
-    out = {"loss": error(_sum(got.detach(), halves), want.loss.detach())}
+    out = {"loss": error(summed(got.detach(), halves), want.loss.detach())}
     for name, leaf in leaves.items():
-        slope = _sum(found[name].grad, halves)
+        slope = summed(found[name].grad, halves)
         part = (slice(None),) if name == "hidden" else (slice(0, shard.columns),)
         wanted = leaf.grad if name == "hidden" else leaf.grad[shard.words]
         out[name] = error(slope[part], wanted)
@@ -392,6 +295,37 @@ def primitives(group: Any) -> dict[str, float]:
         out[f"score {name}"] = error(getattr(got, name), getattr(want, name))
     out["score top"] = error(got.top_logp, want.top_logp[:, :12])
     return out
+
+
+def on_gpu(group: Any, text: str, device: str = "cuda") -> dict[str, float]:
+    """Errors in bfloat16 on a GPU: a head of one shard and padding against a whole one."""
+    x, loss, kind = inputs(text, golden=False), method_of(text).loss, torch.bfloat16
+    found = []
+    for shard in (None, VocabShard(group, V + 3, V)):
+        h = x.hidden_BTH.to(device, kind).requires_grad_()
+        w = x.weight_VH.to(device, kind)
+        if shard is not None:
+            w = torch.cat([w, torch.full_like(w[:3], 7.0)])
+        w = w.clone().requires_grad_()
+        rest = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in x.rest.items()}
+        for k in ("rollout_logprobs", "outcome"):
+            rest[k] = rest[k].float()
+        rest["values"] = None
+        batch = Batch.from_hidden(
+            h,
+            Head(w, shard=shard),
+            teacher_hidden={k: p[0].to(device, kind) for k, p in x.teacher_hidden.items()},
+            teacher_logits=None,
+            teacher_head={
+                k: Head(torch.cat([p[1], p[1][: len(w) - V]]).to(device, kind), shard=shard)
+                for k, p in x.teacher_hidden.items()
+            },
+            **rest,
+        )
+        result = loss(batch, loss.prepare([batch], group)[0])
+        result.loss.backward()
+        found.append((result.loss.detach(), h.grad, w.grad[:V]))
+    return {name: error(b, a) for name, a, b in zip(("loss", "hidden", "weight"), *found)}
 
 
 def refusals(group: Any) -> dict[str, str]:
@@ -429,29 +363,4 @@ def refusals(group: Any) -> dict[str, str]:
     return found
 
 
-def gathers(group: Any) -> int:
-    """How often the head of a step with three micro-batches is gathered."""
-    x, loss = inputs("gkd"), method_of("gkd").loss
-    mesh = DeviceMesh.from_group(group, "cpu")
-    weight = distribute_tensor(x.weight_VH, mesh, [Shard(0)]).requires_grad_()
-    calls = []
-    before = DTensor.full_tensor
-    DTensor.full_tensor = lambda self, **k: calls.append(1) or before(self, **k)
-    try:
-        th, tw = x.teacher_hidden["T"]
-        batch = Batch.from_hidden(
-            x.hidden_BTH, weight, teacher_hidden=th, teacher_head=tw, **x.rest
-        )
-        parts = batch.split(3)
-        for part, context in zip(parts, loss.prepare(parts, group)):
-            loss(part, context).loss.backward()
-    finally:
-        DTensor.full_tensor = before
-    assert isinstance(weight.grad, DTensor) and weight.grad.placements == weight.placements
-    return len(calls)
-
-
-__all__ = [
-    "crossed", "ddp", "fsdp", "gathers", "parted", "primitives", "refusals", "strangers",
-    "vocabulary",
-]  # fmt: skip
+__all__ = ["crossed", "on_gpu", "parted", "primitives", "refusals", "strangers", "vocabulary"]

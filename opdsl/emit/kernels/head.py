@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -179,7 +180,8 @@ def row_chunks(
 ) -> list[tuple[int, int]]:
     """Split `rows` into equal (start, stop) chunks of at most `chunk` rows, tile in budget.
 
-    Equal chunks, because a short last one still rereads the whole head and its gradient.
+    Equal chunks, because a short last one still rereads the whole head and its gradient. The first
+    is one of the largest, so that buffers kept from chunk to chunk need not grow.
     """
     if chunk is None:
         low, high = CHUNK_RANGE.get(device.type, CHUNK_RANGE["cuda"])
@@ -188,7 +190,8 @@ def row_chunks(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")
     count = -(-rows // chunk)
-    return [(i * rows // count, (i + 1) * rows // count) for i in range(count)]
+    edges = [-(-i * rows // max(count, 1)) for i in range(count + 1)]
+    return list(pairwise(edges))
 
 
 def largest(chunks: list[tuple[int, int]]) -> int:

@@ -232,8 +232,9 @@ def _in_strips(
             moved = True
             if slope_sV.data_ptr() != tile_nV[strip].data_ptr():
                 tile_nV[strip] = slope_sV
-        pieces.append(piece)
-    extras = {k: torch.cat([p[2][k] for p in pieces]) for k in pieces[0][2]}
+        pieces.append((piece[0], piece[2]))  # a cotangent of its own memory is given back
+        del piece, slope_sV
+    extras = {k: torch.cat([p[1][k] for p in pieces]) for k in pieces[0][1]}
     return torch.cat([p[0] for p in pieces]), tile_nV if moved else None, extras
 
 

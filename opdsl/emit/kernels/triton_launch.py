@@ -70,8 +70,9 @@ _told: set[str] = set()
 
 
 def tell(reason: str) -> None:
-    """Prints once why rows run without kernels. A CPU is no surprise and is not mentioned."""
-    if reason and reason not in _told and "rows are on" not in reason:
+    """Prints once why rows run without kernels. A CPU, or a wish, is no surprise."""
+    expected = "rows are on" in reason or reason.startswith("OPDSL_TRITON")
+    if reason and reason not in _told and not expected:
         _told.add(reason)
         print(f"opdsl: no Triton row kernels: {reason}", file=sys.stderr)
 

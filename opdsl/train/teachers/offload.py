@@ -33,7 +33,7 @@ class Shelf:
 
     def _put(self, home: bool) -> None:
         for tensor, kept in self.parts:
-            tensor.data = kept if home else kept.to(self.device, non_blocking=True)
+            tensor.data = kept if home else kept.to(self.device, non_blocking=True, copy=True)
 
     def __enter__(self) -> None:
         if self.depth == 0:

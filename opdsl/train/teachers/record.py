@@ -48,6 +48,7 @@ def record(
     plan = make_plan(method, replace(settings, student=student, out=str(out)))
     with_top = Wants(top=wanted.top, need=asked.need)
     scorer = _Local(source, plan) if not is_distant(source) else _Distant(method, plan, with_top)
+    wanted = replace(wanted, top=min(wanted.top, scorer.vocabulary))
     tokenizer = None
     if plan.student != EMBEDDED:
         tokenizer = models.load_tokenizer(plan.student, "student")

@@ -63,7 +63,7 @@ class RemoteTeacher:
             hidden = fused and isinstance(link.server, OpdslServer) and link.server.hidden
             whole = "hidden" if hidden else "logits"
         self.ids_from = () if wants.whole else wants.ids_from
-        top = 0 if wants.whole else wants.top
+        top = 0 if wants.whole else min(wants.top, vocabulary)
         self.want = Want(top=top, whole=whole, vocabulary=vocabulary)
         link.vocabulary = vocabulary
         link.client.stopped = lambda: self.stopped()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from opdsl.emit.kernels.head import Head
-from opdsl.train.teachers.capabilities import PER_POSITION, Capabilities, Wants
+from opdsl.train.teachers.capabilities import NO_LIMIT, PER_POSITION, Capabilities, Wants
 from opdsl.train.teachers.sources import Source
 from opdsl.train.teachers.transport import Client, Fault
 from opdsl.train.teachers.wire import (
@@ -104,7 +104,8 @@ class OpdslServer(Server):
         capabilities = Capabilities(
             "opdsl serve",
             bool(can.get("sampled")),
-            int(can.get("top", 0)),
+            # A list as long as the vocabulary is all there is to give.
+            NO_LIMIT if int(can.get("top", 0)) >= int(info["vocabulary"]) else int(can["top"]),
             PER_POSITION if can.get("ids") == PER_POSITION else "none",
             whole=bool(can.get("whole")),
         )
@@ -173,13 +174,25 @@ def column(values: list[Any], what: str) -> torch.Tensor:
         raise Fault(f"{what} are not numbers: {shown}", tries=3) from None
 
 
-def entries(lists: list[list[tuple[float, int]]], k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids [T, k], log-probabilities [T, k]) of T lists of (log-probability, id), each in falling
-    order and possibly short: what is missing has id 0 and −inf, so nothing is invented."""
+def entries(
+    lists: Sequence[Sequence[tuple[float, int]]], k: int, tokens: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [T, k], log-probabilities [T, k]) of T lists of (log-probability, id), possibly short.
+
+    What is missing has log-probability −inf and an id that is neither in the list nor the response
+    token (tokens [T]): nothing is invented, and no score that is known is hidden. Raises Fault for
+    an empty list.
+    """
     ids_Tk = torch.zeros(len(lists), k, dtype=torch.int64)
     logp_Tk = torch.full((len(lists), k), -torch.inf)
-    for t, found in enumerate(lists):
+    for t, (found, token) in enumerate(zip(lists, tokens)):
         best = sorted(found, key=lambda x: -x[0])[:k]
-        for j, (logp, token) in enumerate(best):
-            ids_Tk[t, j], logp_Tk[t, j] = int(token), float(logp)
+        if not best:
+            raise Fault("a list of top tokens is empty", tries=3)
+        if len(best) < k:
+            known = {int(i) for _, i in best} | {token}
+            free = next(i for i in range(len(known) + 1) if i not in known)
+            ids_Tk[t] = free
+        for j, (logp, i) in enumerate(best):
+            ids_Tk[t, j], logp_Tk[t, j] = int(i), float(logp)
     return ids_Tk, logp_Tk

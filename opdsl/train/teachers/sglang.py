@@ -86,7 +86,7 @@ class SglangServer(Server):
         top = (None, None)
         if want.top:
             lists = _lists(meta, "input_top_logprobs", stop - start)
-            top = entries(lists, want.top)
+            top = entries(lists, want.top, tokens)
         ids_logprobs = None
         if asked is not None and row.ids is not None:
             known = [

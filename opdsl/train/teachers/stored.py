@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from opdsl.train.errors import problem
 from opdsl.train.teachers import Scores
-from opdsl.train.teachers.capabilities import Capabilities
+from opdsl.train.teachers.capabilities import NO_LIMIT, Capabilities
 from opdsl.train.teachers.sources import MANIFEST
 from opdsl.train.teachers.wire import Row, RowScores
 
@@ -139,7 +139,9 @@ def read_manifest(name: str, folder: str) -> dict[str, Any]:
 
 def capabilities_of(manifest: dict[str, Any]) -> Capabilities:
     k = int(manifest["top"])
-    return Capabilities(f"this folder of stored scores (top {k})", True, k)
+    everything = k >= int(manifest["vocabulary"])
+    most = NO_LIMIT if everything else k
+    return Capabilities(f"this folder of stored scores (top {k})", True, most)
 
 
 def _broken(name: str, folder: str, why: str):
@@ -169,7 +171,8 @@ class StoredTeacher:
         needed: Callable[[Any], bool] = lambda prompt: True,
     ):
         self.name, self.folder, self.manifest = name, folder, manifest
-        self.view, self.device, self.top, self.needed = view, device, top, needed
+        self.view, self.device, self.needed = view, device, needed
+        self.top = min(top, int(manifest["top"]))
         self.places: dict[bytes, tuple[int, int, int]] = {}
         self.shards = [self._open(number, shard) for number, shard in enumerate(manifest["shards"])]
 

@@ -130,8 +130,10 @@ class Client:
         watch = threading.Timer(limit, cut)
         watch.daemon = True
         watch.start()
+        there = False
         try:
             connection.connect()
+            there = True
             connection.sock.settimeout(limit)
             connection.request(method, self.source.prefix + path, body, headers)
             answer = connection.getresponse()
@@ -143,7 +145,6 @@ class Client:
         except ssl.SSLCertVerificationError:
             raise Fault("its certificate is not trusted", passing=False) from None
         except (OSError, http.client.HTTPException) as error:
-            there = connection.sock is not None
             if over.is_set() or isinstance(error, TimeoutError):
                 text = f"no answer within {limit:.3g} s" if there else "no connection in time"
                 raise Fault(text, there=there) from None

@@ -171,7 +171,8 @@ def from_prompt_logprobs(given: Any, row: Row, want: Want) -> RowScores:
             raise Fault(f"the scores do not belong to the row: token {token} has none", tries=3)
         sampled.append(here[token])
         lists.append([(logp, k) for k, logp in here.items()])
-    top = entries(lists, want.top) if want.top else (None, None)
+    response = row.tokens[row.prompt :]
+    top = entries(lists, want.top, response) if want.top else (None, None)
     return RowScores(column(sampled, "scores"), *top)
 
 

@@ -35,7 +35,9 @@ _NUMBER = re.compile(
 )
 _BOX = re.compile(r"\\f?box(?:ed)?\s{0,3}\{")
 # Behind the hashes the number comes first: `#### 12 apples`, and no heading `#### Step 3`, `#### 1. …`
-_HASHES = re.compile(r"####[ \t]{0,20}(?!\d{1,3}[.):][ \t])(?=[-+−$\\.½]{0,3}[\d½f])([^\n]{1,1000})")
+_HASHES = re.compile(
+    r"####[ \t]{0,20}(?!\d{1,3}[.):][ \t])(?=[-+−$\\.½]{0,3}[\d½f])([^\n]{1,1000})"
+)
 _FRACTION = re.compile(
     r"\\[dtc]?frac\s?(?:\{\s?([^{}]{1,400})\}\s?\{\s?([^{}]{1,400})\}|(\d)\s?(\d))"
 )
