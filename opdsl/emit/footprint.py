@@ -90,34 +90,53 @@ def gradients(at: Shapes) -> int:
 
 def peak(plans: Sequence[Plan], at: Shapes, on: Place, n: int) -> int:
     """Bytes at the largest moment of loss and gradient with n rows at a time."""
-    most = 0
+    most = 0.0
     for plan in plans:
-        scratch = max(at.kept_scratch, buffers(plan))  # kept from pass to pass
-        unit = plan.unit and at.frozen_head
-        for s in plan.statistics:
-            most = max(most, _pass(s, plan, at, on, n, scratch + unit, unit))
-        if plan.kind == "S0":
-            # a buffer of an earlier pass may be too short, and stays until the taller one is there
-            grown = bool(plan.statistics and listed(plan.gradient, at))
-            most = max(most, _gathered(plan.gradient, at, n, scratch + grown))
-        elif not unit:
-            most = max(most, _pass(plan.gradient, plan, at, on, n, scratch, True))
+        kept, unit = _kept(plan, at, on, n), plan.unit and at.frozen_head
+        sizes = [_pass(s, plan, at, on, n, unit) for s in plan.statistics]
+        if unit:  # one more buffer, and no pass behind it
+            kept += at.wide * at.vocab * max(_tall(s, at, on, n) for s in plan.statistics)
+        elif plan.kind == "S0":
+            sizes.append(_gathered(plan.gradient, at, n))
+        else:
+            sizes.append(_pass(plan.gradient, plan, at, on, n, True))
+        most = max(most, kept + max(sizes))
     return int(most) + gradients(at)
 
 
-def _pass(
-    s: Sweep, plan: Plan, at: Shapes, on: Place, n: int, scratch: int, backward: bool
-) -> float:
-    """Bytes of one sweep over tiles, with the products backward or without."""
-    others, tile = listed(s, at), at.wide * at.vocab
+def _tall(s: Sweep, at: Shapes, on: Place, n: int) -> int:
+    """Rows a row program sees at a time: on a CPU a strip of the tile."""
+    if on.kind != "cpu":
+        return n
+    return min(n, strip_rows(at.vocab, bool(listed(s, at)), on.threads, at.wide))
+
+
+def _kept(plan: Plan, at: Shapes, on: Place, n: int) -> float:
+    """Bytes of scratch, kept from pass to pass: each buffer as tall as the tallest that used it.
+
+    While one grows, the shorter one is there as well.
+    """
+    uses = [(s.scratch, _tall(s, at, on, n)) for s in plan.statistics]
+    if plan.kind == "S0":
+        uses.append((int(bool(listed(plan.gradient, at))), n))
+    else:
+        uses.append((plan.gradient.scratch, _tall(plan.gradient, at, on, n)))
+    if at.parts > 1 and on.kind == "cpu":  # passes of other parts, at their tallest
+        uses.append((at.kept_scratch, min(n, strip_rows(at.vocab, False, on.threads, at.wide))))
+    count = max(k for k, _ in uses)
+    rows = sum(max(t for k, t in uses if k > i) for i in range(count))
+    heights = sorted({t for k, t in uses if k})
+    grown = heights[-2] if len(heights) > 1 else 0
+    return at.wide * at.vocab * (rows + grown)
+
+
+def _pass(s: Sweep, plan: Plan, at: Shapes, on: Place, n: int, backward: bool) -> float:
+    """Bytes of one sweep over tiles beside its scratch, with the products backward or without."""
+    others, tile, tall = listed(s, at), at.wide * at.vocab, _tall(s, at, on, n)
+    copies = max(at.copies.values(), default=1)
     models = (backward or "student" in s.reads) + sum(at.copies.get(m, 1) for m in others)
-    tall = n
-    if on.kind == "cpu":
-        tall = min(n, strip_rows(at.vocab, bool(others), on.threads, at.wide))
-    more = 2 * max(0, max(at.copies.values(), default=1) - 2)
-    size = tile * n * models
-    own = s.routed if max(at.copies.values(), default=1) > 1 else s.fresh
-    size += tile * tall * (more + scratch + (s.plain if at.plain else own))
+    own = s.plain if at.plain else s.routed if copies > 1 else s.fresh
+    size = tile * (n * models + tall * (own + 2 * max(0, copies - 2)))
     size += at.wide * tall * OF_ENTRY * (s.entries + 2)
     size += at.wide * n * (at.hidden + sum(at.width(m) for m in others))
     if at.bytes < at.wide and on.kind == "cpu":
@@ -131,11 +150,11 @@ def _pass(
     return size
 
 
-def _gathered(s: Sweep, at: Shapes, n: int, scratch: int) -> float:
+def _gathered(s: Sweep, at: Shapes, n: int) -> float:
     """Bytes of the last pass of plan class S0: rows of the head, and whole logits of others."""
     others, tile = listed(s, at), at.wide * at.vocab
     rows = s.asked * at.hidden * (at.bytes + (at.wide if at.bytes < at.wide else 0))
-    logits = sum(at.copies.get(m, 1) for m in others) + scratch + s.fresh
+    logits = sum(at.copies.get(m, 1) for m in others) + s.fresh
     cast = len(others) * min(CAST_BYTES, tile * n) if at.bytes < at.wide else 0
     return n * (rows + tile * logits + at.wide * OF_ENTRY * s.entries) + cast
 

@@ -84,17 +84,25 @@ class Notes:
             zeros(B, T, K) if K else None,
         )
 
-    def write(self, rows, t, open_n: Tensor, logp_n: Tensor, logits_nV: Tensor) -> None:
-        """Note one token of each of `rows` (an index); rows that are not open stay as they are."""
-        self.logprobs_BT[rows, t] = torch.where(open_n, logp_n, self.logprobs_BT[rows, t])
+    def write(self, rows, t: int, logp_n: Tensor, logits_nV: Tensor) -> None:
+        """Note one token of each of `rows` (an index)."""
+        self.logprobs_BT[rows, t] = logp_n
         if self.entropy_BT is not None:
-            kept = self.entropy_BT[rows, t]
-            self.entropy_BT[rows, t] = torch.where(open_n, own_entropy(logits_nV), kept)
+            self.entropy_BT[rows, t] = own_entropy(logits_nV)
         if self.top_ids_BTK is not None and self.top_logprobs_BTK is not None:
             ids_nK, logp_nK = own_top(logits_nV, self.top_ids_BTK.shape[-1])
-            open_n1 = open_n.unsqueeze(-1)
-            for place, new in ((self.top_ids_BTK, ids_nK), (self.top_logprobs_BTK, logp_nK)):
-                place[rows, t] = torch.where(open_n1, new, place[rows, t])
+            self.top_ids_BTK[rows, t], self.top_logprobs_BTK[rows, t] = ids_nK, logp_nK
+
+    def cut(self, lengths_B: Tensor, pad: int) -> None:
+        """Nothing behind the lengths: rows that had ended were written on."""
+        T = self.logprobs_BT.shape[1]
+        behind_BT = torch.arange(T, device=lengths_B.device) >= lengths_B.unsqueeze(-1)
+        self.logprobs_BT.masked_fill_(behind_BT, 0.0)
+        if self.entropy_BT is not None:
+            self.entropy_BT.masked_fill_(behind_BT, 0.0)
+        if self.top_ids_BTK is not None and self.top_logprobs_BTK is not None:
+            self.top_ids_BTK.masked_fill_(behind_BT.unsqueeze(-1), pad)
+            self.top_logprobs_BTK.masked_fill_(behind_BT.unsqueeze(-1), 0.0)
 
 
 def found(tokens: Tensor, stops: Sequence[int]) -> Tensor:
@@ -103,6 +111,14 @@ def found(tokens: Tensor, stops: Sequence[int]) -> Tensor:
     for stop in stops[1:]:
         result = result | (tokens == stop)
     return result
+
+
+def until_end(tokens_BT: Tensor, stops: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Lengths [B] up to the first end token, it included, and whether there is one."""
+    is_end_BT = found(tokens_BT, stops)
+    finished_B = is_end_BT.any(-1)
+    first_B = is_end_BT.int().argmax(-1) + 1
+    return torch.where(finished_B, first_B, tokens_BT.shape[1]), finished_B
 
 
 Sampled = tuple[Tensor, Tensor, Tensor, Notes]
@@ -133,15 +149,14 @@ def by_generate(model, prompts, max_new, stops, pad, sampling: Sampling, generat
         )
     tokens_BT = out.sequences[:, ids_BP.shape[1] :].clone()
     B, T = tokens_BT.shape
-    is_end_BT = found(tokens_BT, stops)
-    finished_B = is_end_BT.any(-1)
-    lengths_B = torch.where(finished_B, is_end_BT.int().argmax(-1) + 1, T)
+    lengths_B, finished_B = until_end(tokens_BT, stops)
     notes = Notes.empty(B, T, sampling, pad, device)
     every = torch.arange(B, device=device)
     for t, logits_BV in enumerate(out.logits):
         logp_BV = sampling.logprobs(logits_BV)
         logp_B = logp_BV.gather(-1, tokens_BT[:, t : t + 1]).squeeze(-1)
-        notes.write(every, t, lengths_B > t, logp_B, logits_BV)
+        notes.write(every, t, logp_B, logits_BV)
+    notes.cut(lengths_B, pad)
     inside_BT = torch.arange(T, device=device) < lengths_B.unsqueeze(-1)
     return tokens_BT.masked_fill(~inside_BT, pad), lengths_B, finished_B, notes
 
@@ -240,7 +255,8 @@ def score(model, prompts, tokens_BT: Tensor, lengths_B: Tensor, pad: int, sampli
         for t in range(T):
             token_n1 = tokens_BT[part, t : t + 1]
             logp_n = _kept_with(sampling.logprobs(logits[:, t]), logits[:, t], token_n1, sampling)
-            notes.write(rows, t, inside_BT[part, t], logp_n, logits[:, t])
+            notes.write(rows, t, logp_n, logits[:, t])
+    notes.cut(lengths_B, pad)
     return notes
 
 

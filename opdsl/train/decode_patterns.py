@@ -20,16 +20,21 @@ from opdsl.train.decode_tape import Extent, Op, Ref, Tape, aten, mapped, storage
 from opdsl.train.decode_views import VIEWS
 
 Pattern = Callable[["Rewriter", Op], int | None]
+Holds = Callable[[Iterable[int]], bool]  # something that holds for all of these slots
 
 
 class Rewriter:
-    """One pass over a tape. settled: whether a value is written by no operation of the step."""
+    """One pass over a tape.
 
-    def __init__(self, tape: Tape, settled: Callable[[Iterable[int]], bool]):
-        self.tape, self.settled = tape, settled
+    settled: whether values are written by no operation of the step; fixed: nor by its caller.
+    """
+
+    def __init__(self, tape: Tape, settled: Holds, fixed: Holds):
+        self.tape, self.settled, self.fixed = tape, settled, fixed
         self.kept: list[Op] = []
         self.maker: dict[int, Op] = {}
-        self.memo: dict[Any, int] = {}
+        self.memo: dict[Any, Any] = {}
+        self.moved: set[int] = set()  # views of other memory than recorded
 
     def apply(self) -> Tape:
         renamed: dict[int, int] = {}
@@ -45,7 +50,8 @@ class Rewriter:
     def _renamed(self, op: Op, names: dict[int, int]) -> Op:
         """A view of a value that is made otherwise now shows that one's memory."""
         new = op.renamed(names)
-        if new is not op and op.func in VIEWS:
+        if op.func in VIEWS and (new is not op or not self.moved.isdisjoint(op.reads)):
+            self.moved.add(op.out)
             self.tape.values[op.out] = op.func(*mapped(new.args, self._recorded))
         return new
 
@@ -59,6 +65,12 @@ class Rewriter:
 
     def value(self, slot: int) -> Tensor:
         return self.tape.values[slot]
+
+    def constant(self, slot: int) -> bool:
+        return slot in self.tape.given and self.fixed((slot,))
+
+    def new_constant(self, value: Tensor) -> int:
+        return self.tape.new_slot(value, given=True)
 
     def emit(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> int:
         """One more operation, computed on the recorded values for its shape; its slot."""
@@ -178,28 +190,47 @@ def _unrepeated(r: Rewriter, slot: int) -> int:
 # ---- norms and rotations -------------------------------------------------------------------------
 
 
-def inverse_root_mean(r: Rewriter, op: Op) -> int | None:
-    """rsqrt(mean(x²) + eps) over the last axis, from a norm that reads x once."""
-    shifted = r.made_by(_slot(op.args[0]), aten.add.Tensor)
+def root_mean_norm(r: Rewriter, op: Op) -> int | None:
+    """w · x · rsqrt(mean(x²) + eps) over the last axis as w √n · x / hypot(|x|, √(n eps)).
+
+    w is a constant vector [n]; n the length of the axis.
+    """
+    if op.kwargs or not all(isinstance(x, Ref) for x in op.args):
+        return None
+    for weight, normed in (op.args, op.args[::-1]):
+        w, product = r.value(weight.slot), r.made_by(normed.slot, aten.mul.Tensor)
+        if product is None or not r.constant(weight.slot) or w.dim() != 1:
+            continue
+        for x, root in (product.args, product.args[::-1]):
+            eps = _inverse_root_mean(r, root, x)
+            n = w.shape[0]
+            if eps is None or r.value(x.slot).shape[-1] != n:
+                continue
+            slots = r.memo.setdefault((weight.slot, eps), [])
+            if not slots:
+                slots.append(r.new_constant(w * n**0.5))
+                slots.append(r.new_constant(torch.full((1,), (n * eps) ** 0.5, device=w.device)))
+            length = r.emit(torch.linalg.vector_norm, x, dim=-1, keepdim=True)
+            length = r.emit(torch.hypot, Ref(length), Ref(slots[1]))
+            unit = r.emit(aten.div.Tensor, x, Ref(length))
+            return r.emit(aten.mul.Tensor, Ref(unit), Ref(slots[0]))
+    return None
+
+
+def _inverse_root_mean(r: Rewriter, root: Any, x: Any) -> float | None:
+    """eps where `root` is rsqrt(mean(x²) + eps) over the last axis of x, kept as length 1."""
+    if not isinstance(x, Ref) or r.value(x.slot).dtype != torch.float32:
+        return None
+    shifted = r.made_by(r.behind(_slot(root), aten.rsqrt.default), aten.add.Tensor)
     if shifted is None or shifted.kwargs or not isinstance(shifted.args[1], float):
         return None
     mean = r.made_by(_slot(shifted.args[0]), aten.mean.dim)
     if mean is None or mean.kwargs or list(mean.args[1:2]) != [[-1]] or mean.args[2:] != (True,):
         return None
     square = r.made_by(_slot(mean.args[0]), aten.pow.Tensor_Scalar)
-    if square is None or square.args[1] != 2:
-        return None
-    x = _slot(square.args[0])
-    if x is None or r.value(x).dtype != torch.float32 or not r.settled((x,)):
-        return None
-    eps = float(shifted.args[1])
-    if eps not in r.memo:
-        made = torch.full((1,), eps, device=r.value(x).device)
-        r.memo[eps] = r.tape.new_slot(made, given=True)
-    norm = r.emit(torch.linalg.vector_norm, Ref(x), dim=-1, keepdim=True)
-    width = r.value(x).shape[-1]
-    args = Ref(r.memo[eps]), Ref(norm), Ref(norm)
-    return r.emit(torch.rsqrt, Ref(r.emit(torch.addcmul, *args, value=1 / width)))
+    settled = r.settled((x.slot,)) and shifted.args[1] >= 0
+    found = square is not None and square.args[1] == 2 and square.args[0] == x and settled
+    return float(shifted.args[1]) if found else None
 
 
 def rotation(r: Rewriter, op: Op) -> int | None:
@@ -220,8 +251,7 @@ def rotation(r: Rewriter, op: Op) -> int | None:
         if signed not in r.memo:
             sign_D = torch.ones(D, dtype=r.value(x).dtype, device=r.value(x).device)
             sign_D[: D // 2] = -1
-            sign = r.tape.new_slot(sign_D, given=True)
-            r.memo[signed] = r.emit(aten.mul.Tensor, sine, Ref(sign))
+            r.memo[signed] = r.emit(aten.mul.Tensor, sine, Ref(r.new_constant(sign_D)))
         rolled = r.emit(torch.roll, Ref(x), D // 2, -1)
         return r.emit(torch.addcmul, op.args[0], Ref(rolled), Ref(r.memo[signed]))
     return None
@@ -247,6 +277,6 @@ def _rotated_half(r: Rewriter, slot: int) -> int | None:
 
 PATTERNS: dict[Any, Pattern] = {
     aten._scaled_dot_product_flash_attention_for_cpu.default: attention,
-    aten.rsqrt.default: inverse_root_mean,
+    aten.mul.Tensor: root_mean_norm,
     aten.add.Tensor: rotation,
 }

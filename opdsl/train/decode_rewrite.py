@@ -26,15 +26,15 @@ def shorten(tape: Tape) -> Tape:
     """The same step in fewer and cheaper operations."""
     memory = _Memory(tape)
     tape = _folded(_shared(tape, memory), memory)
-    tape = _needed(Rewriter(tape, memory.settled).apply())
-    return _packed(read_through(_folded(tape, memory)))
+    tape = _needed(Rewriter(tape, memory.settled, memory.fixed).apply())
+    return _packed(read_through(_folded(tape, memory)), memory)
 
 
 class _Memory:
     """Which memory the step or its caller writes: nothing in it is a constant."""
 
     def __init__(self, tape: Tape):
-        self.values = tape.values
+        self.values = tape.values  # the list itself: slots that are added later are known as well
         self.written = {storage(tape.values[s]) for op in tape.ops for s in op.writes} - {0}
         self.changing = self.written | tape.changing
 
@@ -125,31 +125,53 @@ def _needed(tape: Tape) -> Tape:
 # ---- products --------------------------------------------------------------------------------
 
 
-def _packed(tape: Tape) -> Tape:
-    """x · Wᵀ with a constant W in float32 reads a copy of Wᵀ that lies in the product's order."""
-    packed: dict[int, int] = {}
+def _packed(tape: Tape, memory: _Memory) -> Tape:
+    """x · Wᵀ with a constant W in float32 reads a copy of Wᵀ that lies in the product's order.
+
+    Where x is y · w with a constant vector w, as behind a norm, w goes into the copy as well.
+    """
+    packed: dict[tuple[int, int | None], int] = {}
     args: dict[int, tuple] = {}
     room = PACKED
+    scaled = _scaled(tape, memory)
     for op, place in _products(tape.ops):
-        slot = op.args[place].slot
+        x, slot = op.args[place - 1].slot, op.args[place].slot
         w_IO = tape.values[slot]
-        if slot not in packed:
+        x, scale = scaled.get(x, (x, None))
+        if (slot, scale) not in packed:
             turned = w_IO.dim() == 2 and w_IO.stride(0) == 1 and w_IO.stride(1) > 1
-            if slot not in tape.given or not turned or w_IO.dtype != torch.float32:
+            if slot not in tape.given or not memory.fixed((slot,)) or not turned:
                 continue
-            if w_IO.nbytes > room:
+            if w_IO.dtype != torch.float32 or w_IO.nbytes > room:
                 continue
             room -= w_IO.nbytes
-            packed[slot] = tape.new_slot(w_IO.contiguous(), given=True)
-        args[id(op)] = (*op.args[:place], Ref(packed[slot]), *op.args[place + 1 :])
-    return tape.having(
-        [Op(op.func, args.get(id(op), op.args), op.kwargs, op.out) for op in tape.ops]
-    )
+            copy_IO = w_IO.contiguous()
+            if scale is not None:
+                copy_IO.mul_(tape.values[scale].unsqueeze(-1))
+            packed[slot, scale] = tape.new_slot(copy_IO, given=True)
+        pair = Ref(x), Ref(packed[slot, scale])
+        args[id(op)] = (*op.args[: place - 1], *pair, *op.args[place + 1 :])
+    ops = [Op(op.func, args.get(id(op), op.args), op.kwargs, op.out) for op in tape.ops]
+    return _needed(tape.having(ops))
 
 
 def _products(ops: Iterable[Op]) -> Iterable[tuple[Op, int]]:
     """Products of two matrices, and the place of the second among the arguments."""
     for op in ops:
         place = {aten.mm.default: 1, aten.addmm.default: 2}.get(op.func)
-        if place is not None and isinstance(op.args[place], Ref):
+        if place is not None and all(isinstance(x, Ref) for x in op.args[place - 1 : place + 1]):
             yield op, place
+
+
+def _scaled(tape: Tape, memory: _Memory) -> dict[int, tuple[int, int]]:
+    """Slot of y · w, w a constant vector along the last axis -> slots of y and w."""
+    found: dict[int, tuple[int, int]] = {}
+    for op in tape.ops:
+        if op.func is not aten.mul.Tensor or not all(isinstance(x, Ref) for x in op.args):
+            continue
+        y, w = (x.slot for x in op.args)
+        vector = tape.values[w].dim() == 1 and tape.values[w].numel() > 1
+        same = tape.values[y].numel() == tape.values[op.makes[0]].numel()
+        if vector and same and w in tape.given and memory.fixed((w,)) and memory.settled((y,)):
+            found[op.makes[0]] = y, w
+    return found

@@ -307,6 +307,9 @@ def _bound(op: Op) -> Callable[[list[Any]], Any]:
         if not kwargs:
             return lambda r: func(r[a], *rest)
         return lambda r: func(r[a], *rest, **kwargs)
+    if kinds == [True, True, True]:
+        a, b, c = (x.slot for x in args)
+        return lambda r: func(r[a], r[b], r[c], **kwargs)
     places = [(i, x.slot) for i, x in enumerate(args) if isinstance(x, Ref)]
 
     def filled(r):

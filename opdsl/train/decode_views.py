@@ -29,7 +29,7 @@ _ELEMENTWISE = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default,
     aten.silu.default, aten.gelu.default, aten.relu.default, aten.tanh.default,
     aten.sigmoid.default, aten.exp.default, aten.pow.Tensor_Scalar, aten.rsqrt.default,
-    aten.cos.default, aten.sin.default, torch.addcmul, torch.rsqrt,
+    aten.cos.default, aten.sin.default, torch.addcmul, torch.hypot,
 }  # fmt: skip
 _LAST_AXIS = {torch.linalg.vector_norm, torch.roll}
 

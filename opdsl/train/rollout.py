@@ -20,7 +20,14 @@ from dataclasses import dataclass
 
 import torch
 
-from opdsl.train.decode_generate import Notes, Sampling, by_batching, by_generate, found
+from opdsl.train.decode_generate import (
+    Notes,
+    Sampling,
+    by_batching,
+    by_generate,
+    found,
+    until_end,
+)
 from opdsl.train.decode_replay import forget_captured
 from opdsl.train.decode_start import start
 from opdsl.train.decode_steps import cache_name
@@ -162,8 +169,6 @@ def _own(model, prompts, max_new, stops, pad, sampling: Sampling, generator, dev
     steps, logits_BV = start(model, prompts, max_new, pad, device, way)
     tokens_BT = torch.full((B, max_new), pad, dtype=torch.int64, device=device)
     notes = Notes.empty(B, max_new, sampling, pad, device)
-    lengths_B = torch.zeros(B, dtype=torch.int64, device=device)
-    finished_B = torch.zeros(B, dtype=torch.bool, device=device)
     # Rows of the result that the running rows write; a slice while it is all of them.
     alive: slice | torch.Tensor = slice(None)
     # All uniform numbers at once, row by row: dropping rows changes nobody's numbers, and chunks
@@ -173,27 +178,30 @@ def _own(model, prompts, max_new, stops, pad, sampling: Sampling, generator, dev
         uniform_BT = torch.rand((B, max_new), generator=generator).to(device)
 
     sample = Sampler(sampling.temperature, sampling.top_p, sampling.top_k, sampling.greedy)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)  # of the running rows
     for t in range(max_new):
         token_B, logp_B = sample(logits_BV, None if uniform_BT is None else uniform_BT[alive, t])
-        open_B = ~finished_B[alive]
-        # rows that ended before are still computed until it pays to leave them out
-        tokens_BT[alive, t] = torch.where(open_B, token_B, pad)
-        notes.write(alive, t, open_B, logp_B, logits_BV)
-        lengths_B[alive] += open_B
-        finished_B[alive] |= found(token_B, stops)
+        # Rows that ended go on until it pays to leave them out; what they write is cut off below.
+        tokens_BT[alive, t] = token_B
+        notes.write(alive, t, logp_B, logits_BV)
         if t + 1 == max_new:
             break
+        ended |= found(token_B, stops)
         if (t + 1) % steps.look_every == 0:
-            keep = (~finished_B[alive]).nonzero().squeeze(-1)
-            if len(keep) == 0:
+            running = len(ended) - int(ended.sum())
+            if running == 0:
                 break
-            if len(keep) <= (1 - steps.drop_from) * len(token_B):
+            if running <= (1 - steps.drop_from) * len(ended):
+                keep = (~ended).nonzero().squeeze(-1)
                 alive = torch.arange(B, device=device)[alive][keep]
-                token_B = token_B[keep]
+                token_B, ended = token_B[keep], ended[keep]
                 steps.keep(keep)
         logits_BV = steps.step(token_B)
     steps.close()
-    return tokens_BT, lengths_B, finished_B, notes
+    lengths_B, finished_B = until_end(tokens_BT, stops)
+    notes.cut(lengths_B, pad)
+    inside_BT = torch.arange(max_new, device=device) < lengths_B.unsqueeze(-1)
+    return tokens_BT.masked_fill_(~inside_BT, pad), lengths_B, finished_B, notes
 
 
 def _rollouts(tokens_BT, lengths_B, finished_B, notes: Notes) -> Rollouts:

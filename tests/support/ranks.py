@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 60.0  # seconds for one task
+PATIENCE = 120.0  # seconds for one task, on a busy machine too
 
 
 class Pool:
@@ -51,7 +51,7 @@ class Pool:
         while waiting:
             for rank, pipe in list(waiting.items()):
                 if pipe.poll(0.002):
-                    found[rank] = pipe.recv()
+                    found[rank] = self.answer(rank)
                     del waiting[rank]
             broken = [f"rank {r}: {x}" for r, (fine, x) in found.items() if not fine]
             # a rank that failed leaves the others in a collective call: a moment, then the message
@@ -60,8 +60,16 @@ class Pool:
             if time.monotonic() > until:
                 self.close()
                 raise AssertionError("\n".join(broken) or f"no answer from {list(waiting)}")
-        assert not broken, "\n".join(broken)
+        if broken:
+            self.close()
+            raise AssertionError("\n".join(broken))
         return [found[r][1] for r in range(world)]
+
+    def answer(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            return False, "the process ended"
 
     def close(self) -> None:
         for process in self.processes:
