@@ -275,6 +275,20 @@ def test_half_precision_by_autocast(model, way, recwarn):
     assert not [w for w in recwarn if "plain steps" in str(w.message)]
 
 
+def test_python_that_counts_steps_is_not_recorded(model):
+    """A list of operations cannot count along; the next step would be another one."""
+    counting = copy.deepcopy(model)
+    counting.seen = 0
+
+    def count(module, given):
+        module.seen += 1
+
+    counting.register_forward_pre_hook(count)
+    with pytest.warns(UserWarning, match="count their steps"):
+        out = run(counting, "recorded")
+    assert torch.equal(out.tokens, run(model, "plain").tokens)
+
+
 def test_the_choice_depends_on_the_call_only():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose("auto", 16, 96, cpu) == "recorded" and choose("auto", 16, 96, cuda) == "captured"

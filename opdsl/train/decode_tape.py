@@ -282,9 +282,17 @@ def player(tape: Tape) -> Callable[[], Tensor]:
     return run
 
 
+# The same operations by torch's own Python bindings, which are called faster.
+_BINDINGS = {
+    aten.mm.default: torch.mm, aten.bmm.default: torch.bmm, aten.add.Tensor: torch.add,
+    aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div, aten.addmm.default: torch.addmm,
+    aten.silu.default: torch.nn.functional.silu, aten.index_copy_.default: Tensor.index_copy_,
+}  # fmt: skip
+
+
 def _bound(op: Op) -> Callable[[list[Any]], Any]:
     """registers -> the operation's value, with the commonest forms of arguments spelt out."""
-    func, args, kwargs = op.func, op.args, op.kwargs
+    func, args, kwargs = _BINDINGS.get(op.func, op.func), op.args, op.kwargs
     kinds = [isinstance(x, Ref) for x in args]
     nested = any(isinstance(x, tuple | list | dict) and _has_ref(x) for x in args)
     if nested or _has_ref(kwargs):
