@@ -14,27 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from fake_method import FakeBatch, FakeMethod, State, TeacherDecl, with_critic
+from support.heard import Heard
 from test_trainer import settings
 
 import opdsl
 from opdsl.train import checkpoint
 from opdsl.train.errors import Interrupted, RunProblem
 from opdsl.train.loop import train
-from opdsl.train.progress import Silent
 from opdsl.train.step import Engine
 
 
 @pytest.fixture(autouse=True)
 def fake_batch(monkeypatch):
     monkeypatch.setattr(opdsl, "Batch", FakeBatch, raising=False)
-
-
-class Heard(Silent):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, text):
-        self.lines.append(text)
 
 
 RESULTS = ("metrics.jsonl", "evals.jsonl", "student/model.safetensors")

@@ -11,7 +11,7 @@ import torch
 from support import TOLERANCE, batches, relative
 
 import opdsl
-from opdsl.emit import budget, compiled
+from opdsl.emit import budget, told
 from opdsl.emit.compiled import steady, worthwhile
 from opdsl.emit.kernels import head
 from opdsl.resources import methods
@@ -40,7 +40,7 @@ def compiler() -> None:
 
 @pytest.fixture
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_told", set())
+    monkeypatch.setattr(told, "_told", set())
 
 
 def inputs(seed: int, T: int, V: int = 5000, names: tuple[str, ...] = ("T",)) -> batches.Inputs:

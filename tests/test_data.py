@@ -15,7 +15,7 @@ from support.texts import tokenizer
 from opdsl.train import data_formats, data_load, rows
 from opdsl.train.data import FileData, FileOptions
 from opdsl.train.errors import RunProblem
-from opdsl.train.rows import parse_columns, parse_row
+from opdsl.train.rows import Fault, check_row, decode, parse_columns
 
 TOKENIZER = tokenizer()
 ROWS = [
@@ -187,8 +187,10 @@ def test_columns_are_mapped(tmp_path):
 
 def test_chats():
     def row(*messages, **more):
-        found, fault = parse_row(json.dumps({"prompt": list(messages), **more}).encode())
-        return found if fault is None else fault
+        try:
+            return check_row(decode(json.dumps({"prompt": list(messages), **more})), {})
+        except Fault as fault:
+            return str(fault)
 
     user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     assert row(user, answer, user)["response"] is None

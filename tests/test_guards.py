@@ -5,7 +5,6 @@ Memory that runs out changes the time a run takes and nothing else.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -13,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from fake_method import FakeBatch, FakeMethod
+from support.heard import Heard
 from support.models import tiny
 from test_trainer import settings, weights
 
 import opdsl
-from opdsl.train import checkpoint, errors, guards, setup
+from opdsl.train import checkpoint, guards, setup
 from opdsl.train.errors import GuardStop, RunProblem
 from opdsl.train.loop import train
 from opdsl.train.metrics import read_lines
@@ -33,14 +33,6 @@ from opdsl.train.watch import DEFAULTS, Rule, Watch, parse_guard
 @pytest.fixture(autouse=True)
 def fake_batch(monkeypatch):
     monkeypatch.setattr(opdsl, "Batch", FakeBatch, raising=False)
-
-
-class Heard(Silent):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, text):
-        self.lines.append(text)
 
 
 def scaled_teacher(folder: Path, scale: float, pair) -> dict:
@@ -264,24 +256,6 @@ def test_a_limit_is_passed_only_from_above():
     watch.lengths({}, 8, longest)  # nothing was sampled
     with pytest.raises(GuardStop):
         watch.lengths({"length": 10.1, "finished": 0.4}, 9, longest)
-
-
-@pytest.mark.parametrize("what", ["the verifier", "the server of teacher T"])
-def test_what_does_not_answer_ends_the_run_like_a_guard(tmp_path, pair, what, monkeypatch):
-    whole = Engine._given
-
-    def waiting(self, rows, outcome, step):
-        if step == 1:
-            note = guards.sample_note(rows, 4, self.data)
-            raise errors.stalled(what, 60, step + 1, 4, note, lost=3)
-        return whole(self, rows, outcome, step)
-
-    monkeypatch.setattr(Engine, "_given", waiting)
-    stop = stopped(FakeMethod("reverse"), settings(tmp_path, pair, skip_nonfinite=9))
-    assert f"{what} did not answer within 60 s at step 2, sample 4" in stop.message
-    assert names_a_sample(stop) and "3 rows were left out before" in stop.diagnostic.notes[0]
-    record = json.loads((tmp_path / "out" / "bad-batch-step-000002.json").read_text())
-    assert record["row"] == 4
 
 
 # ---- memory ----------------------------------------------------------------------------------------

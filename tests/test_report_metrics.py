@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import batches
+from support.heard import Heard
 
 import opdsl
 from opdsl.emit.routed import add_routed
@@ -268,15 +269,6 @@ def test_tokens_are_recorded_and_a_resumed_run_writes_the_same(tmp_path, pair):
 
 
 def test_a_broken_instrument_is_told_once_and_stops_nothing(tmp_path, pair, monkeypatch):
-    from opdsl.train.progress import Silent
-
-    class Heard(Silent):
-        def __init__(self):
-            self.lines = []
-
-        def note(self, text):
-            self.lines.append(text)
-
     def broken(method):
         raise RuntimeError("no such instrument")
 

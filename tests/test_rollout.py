@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support.models import llama
 
 from opdsl.train import rollout
 from opdsl.train.rollout import NonFiniteLogits, decode, inverse_cdf, sampling_logprobs
@@ -17,25 +18,7 @@ PROMPTS = [[1, 3, 4], [1], [1, 5, 0, 6, 3, 4], [1, 3, 4], [6, 6]]
 
 @pytest.fixture(scope="module")
 def model():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.set_num_threads(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=V,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            initializer_range=0.5,
-            pad_token_id=PAD,
-            bos_token_id=1,
-            eos_token_id=EOS,
-        )
-        return LlamaForCausalLM(config).eval()
+    return llama(V, PAD, EOS)
 
 
 def generator(seed: int = 0) -> torch.Generator:

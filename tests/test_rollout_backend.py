@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from support.models import llama
 
 from opdsl.train.decode_generate import Sampling, by_batching, score
 from opdsl.train.errors import RunProblem
@@ -20,25 +21,7 @@ available = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.set_num_threads(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=V,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            initializer_range=0.5,
-            pad_token_id=PAD,
-            bos_token_id=1,
-            eos_token_id=END,
-        )
-        return LlamaForCausalLM(config).eval()
+    return llama(V, PAD, END)
 
 
 def run(model, backend: str = "generate_batch", prompts=PROMPTS, seed: int = 0, **settings):

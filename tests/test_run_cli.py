@@ -8,9 +8,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.models import tiny
+from support.texts import WORDS, tokenizer
 
 from opdsl.cli import cli
-from opdsl.train.rows import parse_row
+from opdsl.train.rows import Fault, check_row, decode
 
 SPEC = """opd 1
 method full_kl "KL at every state" {
@@ -54,27 +55,10 @@ def small(tmp_path_factory):
     return ("--student", tiny(root / "s", 0), "--teacher", tiny(root / "t", 1), "--task", "chain")
 
 
-WORDS = [f"w{i}" for i in range(60)] + ["4", "7", "42"]
-
-
 def text_model(folder, seed, rows=72, words=WORDS, template=None):
     """A model folder with a word-level tokenizer; the head may have more rows than words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
-    tokenizer.chat_template = template
     tiny(folder, seed, vocab=rows)
-    tokenizer.save_pretrained(folder)
+    tokenizer(words, template).save_pretrained(folder)
     return str(folder)
 
 
@@ -366,11 +350,11 @@ def test_other_tokenizers_are_refused_with_a_witness(tmp_path, spec, texts, data
 
 
 def test_rows_as_they_are_read():
-    row, fault = parse_row(
-        b'{"prompt": [{"role": "user", "content": "a"}], "reference": 4, "x": "y"}'
-    )
-    assert fault is None and row["reference"] == "4" and row["fields"] == {"x": "y"}
-    assert parse_row(b"[" * 100_000)[1] is not None
+    line = b'{"prompt": [{"role": "user", "content": "a"}], "reference": 4, "x": "y"}'
+    row = check_row(decode(line), {})
+    assert row["reference"] == "4" and row["fields"] == {"x": "y"}
+    with pytest.raises(Fault):
+        decode(b"[" * 100_000)
 
 
 def test_chat_templates_are_applied_once(tmp_path, texts, data):

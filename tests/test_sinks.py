@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
+from support.heard import Heard
 
 import opdsl
 from opdsl.cli import cli
@@ -121,15 +122,6 @@ class Broken(Recorder):
 
 
 def test_a_failing_sink_stops_no_run_and_is_told_once(monkeypatch, tmp_path, pair):
-    from opdsl.train.progress import Silent
-
-    class Heard(Silent):
-        def __init__(self):
-            self.lines = []
-
-        def note(self, text):
-            self.lines.append(text)
-
     install(monkeypatch, "trackio", Broken())
     heard = Heard()
     done = train(

@@ -11,7 +11,7 @@ import torch
 from support import TOLERANCE, batches, relative, tiles
 
 import opdsl
-from opdsl.emit import triton_available
+from opdsl.emit import told, triton_available
 from opdsl.emit.kernels import Head, head, triton_launch
 from opdsl.emit.kernels.triton_launch import Launcher, number_of
 
@@ -25,7 +25,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
     """No interpreter, and nothing told yet."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton_launch, "_told", set())
+    monkeypatch.setattr(told, "_told", set())
     triton_launch.refused.cache_clear()
     yield
     triton_launch.refused.cache_clear()

@@ -13,7 +13,6 @@ Shapes: n rows of a strip, V vocabulary, K ids of a served list.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -22,11 +21,10 @@ import torch
 from torch import Tensor
 
 from opdsl.emit import prelude
+from opdsl.emit.fused import is_dense
 from opdsl.emit.routed import Chosen
-from opdsl.ir.derive import domain_of
+from opdsl.emit.told import tell_once
 from opdsl.ir.stages import Stage
-from opdsl.meaning.node import SET_OPS, Node
-from opdsl.meaning.quantity import Axis
 
 LISTS = ("ids", "logp", "logp_y")  # of a served teacher
 Layout = tuple[tuple[object, ...], ...]
@@ -103,14 +101,6 @@ def worthwhile(st: Stage) -> bool:
     return any(n.op != "logp" and is_dense(n) for n in st.nodes)
 
 
-def is_dense(n: Node) -> bool:
-    """Whether a value has an entry for every word."""
-    if n.q.axis is not Axis.VOCAB or n.op in SET_OPS:
-        return False
-    domain = domain_of(n)
-    return isinstance(domain, Node) and domain.op == "full"
-
-
 class CompiledPass:
     """fn(d, r, like, w) of `fused.py`, compiled for every kind of input it meets."""
 
@@ -138,7 +128,7 @@ class CompiledPass:
                 found, lses = self.regions[key](given.tensors, given.numbers)
         except Exception as problem:  # of the compiler: nothing has run yet
             self.reason = cause(problem)
-            tell(self.reason)
+            tell_once(f"a row pass runs without torch.compile: {self.reason}")
             return self.fn(d, r, like, w)
         for x, lse in zip(tiles_of(d), lses):
             x._lse = lse
@@ -195,16 +185,6 @@ def steady(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
         return x.sum(1, keepdim=keepdim)
     total = x[:, :whole].reshape(n, -1, BLOCK).sum(2).sum(1, keepdim=keepdim)
     return total if whole == V else total + x[:, whole:].sum(1, keepdim=keepdim)
-
-
-_told: set[str] = set()
-
-
-def tell(reason: str) -> None:
-    """Prints once why a pass is not compiled."""
-    if reason not in _told:
-        _told.add(reason)
-        print(f"opdsl: a row pass runs without torch.compile: {reason}", file=sys.stderr)
 
 
 def cause(problem: BaseException) -> str:

@@ -30,6 +30,14 @@ SMOOTH = frozenset(["add", "sub", "mul", "div", "neg", "sum_v"])
 REAL = -1e20  # what is above it is the log-probability of a real entry
 
 
+def is_dense(n: Node) -> bool:
+    """Whether a value has an entry for every word."""
+    if n.q.axis is not Axis.VOCAB or n.op in SET_OPS:
+        return False
+    domain = domain_of(n)
+    return isinstance(domain, Node) and domain.op == "full"
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """One distribution at one temperature: logits, exp(z − max z), and names of its row numbers."""
@@ -120,12 +128,6 @@ class Fused(Writer):
         self.leaves[which] = Leaf(z, e, f"e{k}", f"l{k}", dist)
         return self.leaves[which]
 
-    def is_dense(self, n: Node) -> bool:
-        if n.q.axis is not Axis.VOCAB or n.op in SET_OPS:
-            return False
-        domain = domain_of(n)
-        return isinstance(domain, Node) and domain.op == "full"
-
     def _read_dense(self, leaf: Node) -> bool:
         if self.last and leaf.attr("dist") == "student":
             return True
@@ -136,9 +138,9 @@ class Fused(Writer):
         if n.op == "logp":
             leaf = self.leaf(n)
             self.lazy[n.id] = Lazy(leaf.z, shift=f"-{leaf.lse}")
-        elif self.is_dense(n):
+        elif is_dense(n):
             self.lazy[n.id] = self.dense(n)
-        elif n.op in ("sum_v", "max_v", "lse_v") and self.is_dense(n.args[0]):
+        elif n.op in ("sum_v", "max_v", "lse_v") and is_dense(n.args[0]):
             self.reduction(n)
         elif n.op in ("at_y", "at_set", "top", "top_p"):
             self.gather(n)
@@ -193,7 +195,7 @@ class Fused(Writer):
             base = self.leaves.get((which[0], 1.0))  # a list of the top reads it at temperature 1
             reads += [base.z] if base is not None and base.z != reads[0] else []
             self.lines[-1] = Line(literal(self.lines[-1]), tuple(reads))
-        elif self.is_dense(x):
+        elif is_dense(x):
             value = self.whole(self.entries_of(x))
             self.names[x.id] = "{0}"
             text = f"{self.names[n.args[1].id]}[0]" if n.op == "at_set" else ""
@@ -419,4 +421,4 @@ class Fused(Writer):
         return leaf.e
 
 
-__all__ = ["fused"]
+__all__ = ["fused", "is_dense"]

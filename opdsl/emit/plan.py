@@ -136,15 +136,14 @@ def _sweep(staged: Staged, st: Stage) -> Sweep:
         names.insert(0, "student")
     text = fused(staged, st)
     dense = tuple(n for n in names if reads.get(n))
-    takes = held(text)
+    in_place = takes = held(text)
     if st is staged.last and is_restricted(staged):
         takes = held(restricted(staged), measured=tuple(_mangle(n) for n in names))
     plain = held(Writer(staged, st).function(), parts=2).peak
-    scratch = held(text).scratch
     return Sweep(
         tuple(names),
         dense,
-        scratch,
+        in_place.scratch,
         _work(text),
         takes.peak,
         held(text, parts=2).peak,

@@ -73,6 +73,10 @@ class Sparse:
             raise ValueError("a tempered teacher needs full logits")
         return self
 
+    def rescaled(self, temperature, out):
+        """Refused, like `tempered`."""
+        return self.tempered(temperature)
+
     def measure(self, out):
         """A list of log-probabilities is normalised already."""
         return None
@@ -235,7 +239,12 @@ def softmax_adjoint(dist, temperature, at_y, at_sets, dense):
     return out if temperature == 1.0 else out.div_(temperature)
 
 
-def adjoint_into(e, total, y, temperature, at_y, at_sets, rest):
+def scatter(into, ids, x):
+    """Adds x [n, K] to the entries [n, V] at ids, in place."""
+    return into.scatter_add_(1, ids, x.expand(ids.shape))
+
+
+def adjoint_into(e, total, y, temperature, at_y, at_sets, rest, scatter=scatter):
     """`softmax_adjoint` in the buffer of e = exp(z - max z) with e.sum(1) = total [n].
 
     `rest` [n] is the sum of the dense part, which is added afterwards.
@@ -252,7 +261,7 @@ def adjoint_into(e, total, y, temperature, at_y, at_sets, rest):
         mass = mass + x.sum(1, keepdim=True)
     e.mul_(mass / (-temperature * total[:, None]))
     for ids, x in pieces:
-        e.scatter_add_(1, ids, (x if temperature == 1.0 else x / temperature).expand(ids.shape))
+        scatter(e, ids, x if temperature == 1.0 else x / temperature)
 
 
 def lse_into(x, out):

@@ -140,10 +140,11 @@ class LossModule(nn.Module):
                     continue
                 like, constants = dtype_of(parts[0]), {}
                 stores: list[Numbers] = [{} for _ in present]
+                unit_at = unit_stage(staged) if any(map(learns_hidden_alone, here)) else None
                 for st in staged.stages[:-1]:
                     if st.kind == "rows":
                         for store, (_, r) in zip(stores, present):
-                            unit = st is unit_stage(staged) and learns_hidden_alone(r)
+                            unit = st is unit_at and learns_hidden_alone(r)
                             store.update(self._score(staged, st, r, store, unit))
                     else:
                         fn = named(staged, self.functions, lambda: self.over_processes)

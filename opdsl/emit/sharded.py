@@ -134,20 +134,9 @@ class Across:
         self.adjoint_into(e, total, dist.y, temperature, at_y, at_sets, mass)
         return e if rest is None else e.add_(rest, alpha=1.0 / temperature)
 
-    def adjoint_into(self, e, total, y, temperature: float, at_y, at_sets, rest) -> None:
-        n, v = e.shape
-        pieces = []
-        if at_y is not None:
-            x = torch.as_tensor(at_y, dtype=e.dtype, device=e.device).expand(n)[:, None]
-            pieces.append((y[:, None], x))
-        for s, x in at_sets:
-            pieces.append((s[0], prelude.entries(x, s, 0.0, n, v).to(e.dtype)))
-        mass = torch.as_tensor(rest, dtype=e.dtype, device=e.device).expand(n)[:, None]
-        for _, x in pieces:
-            mass = mass + x.sum(1, keepdim=True)
-        e.mul_(mass / (-temperature * total[:, None]))
-        for ids, x in pieces:
-            self.shard.scatter_add(e, ids, x / temperature)
+    def adjoint_into(self, *args) -> None:
+        """Numbers at ids go to the process that has the word."""
+        prelude.adjoint_into(*args, scatter=self.shard.scatter_add)
 
 
 # ---- the texts ---------------------------------------------------------------------------------

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opdsl.emit.fused import is_dense
 from opdsl.emit.module import GATHERS, Writer, _mangle, function_name, key, number
 from opdsl.emit.triton_affine import Sums
 from opdsl.emit.triton_exact import Logarithms
 from opdsl.emit.triton_source import Body, Kernel, Leaf, Unsupported, leaf_of
-from opdsl.ir.derive import FULL, domain_of
+from opdsl.ir.derive import FULL
 from opdsl.ir.stages import Stage, Staged
-from opdsl.meaning.node import SET_OPS, Node
+from opdsl.meaning.node import Node
 from opdsl.meaning.quantity import Axis, Info, Quantity
 
 REDUCTIONS = ("sum_v", "max_v", "lse_v")
@@ -92,7 +93,7 @@ class Rows(Writer):
             for i, c in enumerate(self.staged.cotangents):
                 if c.dense is not None and c.dense.q.axis is Axis.VOCAB:
                     self.masses.append(Node(-100 - i, "sum_v", (c.dense, FULL), (), q))
-        self.logs = Logarithms(self.st.nodes, self.is_dense)
+        self.logs = Logarithms(self.st.nodes, is_dense)
         self.swept = {leaf_of(n) for n in self.logs.nodes if n.op == "logp" and self._read_dense(n)}
         if self.last:
             self.swept |= {leaf_of(c.leaf) for c in self.staged.cotangents}
@@ -129,23 +130,17 @@ class Rows(Writer):
         args = n.args if n.id not in self.logs.instead else (self.logs.instead[n.id],)
         below = max((self.round.get(a.id, 0) for a in args), default=0)
         x = n.args[0] if n.args else n
-        if n.op in REDUCTIONS and self.is_dense(x):
+        if n.op in REDUCTIONS and is_dense(x):
             early = self.sums.plan(n)
             if early is not None:
                 return max([1, *(self.round[r.id] for r in early)])
             self.wanted.setdefault(below, []).append(n)
             return below + 1
-        if n.op in GATHERS and x.op != "logp" and self.is_dense(x):
+        if n.op in GATHERS and x.op != "logp" and is_dense(x):
             if x not in self.tiles.setdefault(below, []):
                 self.tiles[below].append(x)
             return below + 1
         return below
-
-    def is_dense(self, n: Node) -> bool:
-        if n.q.axis is not Axis.VOCAB or n.op in SET_OPS:
-            return False
-        domain = domain_of(n)
-        return isinstance(domain, Node) and domain.op == "full"
 
     # -- statements ----------------------------------------------------------------------------------
     def _read_dense(self, leaf: Node) -> bool:
@@ -154,12 +149,12 @@ class Rows(Writer):
         return super()._read_dense(leaf) or any(n.op not in GATHERS for n in users)
 
     def statement(self, n: Node) -> None:
-        if n.op == "logp" or self.is_dense(n):
+        if n.op == "logp" or is_dense(n):
             return
         if n.id in self.logs.instead:
             self.names[n.id] = self.names[self.logs.instead[n.id].id]
             return
-        if n.op in REDUCTIONS and self.is_dense(n.args[0]):
+        if n.op in REDUCTIONS and is_dense(n.args[0]):
             if n.id not in self.names:
                 self.names[n.id] = self.sums.text(n)
             return

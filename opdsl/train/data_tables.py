@@ -13,7 +13,7 @@ from typing import Any
 
 from opdsl.train.data_formats import Found, Source
 from opdsl.train.errors import problem
-from opdsl.train.models import _hub_answers
+from opdsl.train.models import hub_answers
 from opdsl.train.rows import MAX_ROW
 
 BATCH = 1024  # rows decoded at a time
@@ -86,7 +86,7 @@ def _load(name: str, folder: bool, options: dict[str, str]) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    if not folder and not _hub_answers():  # what is in the cache is still there
+    if not folder and not hub_answers():  # what is in the cache is still there
         import huggingface_hub.constants as hub
 
         hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

@@ -123,34 +123,6 @@ CURES = {
 }
 
 
-def stalled(
-    what: str,
-    seconds: float,
-    step: int,
-    row: int | None = None,
-    note: str = "",
-    cures: Iterable[str] = (),
-    lost: int = 0,
-) -> GuardStop:
-    """A verifier or server that did not answer in time, after its retries. Exit code 4.
-
-    what: "the verifier", "the server of teacher T". note: the sample it was asked about. lost:
-    rows of this run that were left out before for the same reason.
-    """
-    gone = f"; {lost} rows were left out before" if lost else ""
-    return GuardStop(
-        what,
-        step,
-        row,
-        None,
-        (note or "no single sample alone") + gone,
-        code="OPD720",
-        says=f"did not answer within {seconds:g} s",
-        cures=tuple(cures) or ("start it again, then continue with --resume",),
-        skippable=False,
-    )
-
-
 def out_of_memory(step: int, doing: str, rows: int, detail: str) -> RunProblem:
     """Memory ran out with `rows` rows in a pass, and fewer rows cannot help. Exit code 4."""
     first = (detail.strip().splitlines() or ["out of memory"])[0]

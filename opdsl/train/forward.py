@@ -9,8 +9,6 @@ Shapes: B rows, T response tokens, H hidden, V vocabulary, N chosen tokens.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,21 +172,3 @@ def scores_at(scores: Scores, b, t) -> torch.Tensor:
     if scores.logits is not None:
         return scores.logits[b, t].float()
     return head_logits(scores.head, scores.hidden[b, t])
-
-
-def combine(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metrics of the whole batch from those of its parts.
-
-    Losses are shares of the whole and add up, and so do counts of tokens; everything else is a
-    mean over tokens.
-    """
-    weights = [m.get("tokens", 1.0) for m in metrics]
-    total = math.fsum(weights) or 1.0
-    combined = {}
-    for key in dict.fromkeys(k for m in metrics for k in m):
-        if key == "tokens" or key.split("/")[0] == "loss":
-            combined[key] = math.fsum(m.get(key, 0.0) for m in metrics)
-        else:
-            pairs = zip(metrics, weights)
-            combined[key] = math.fsum(m.get(key, 0.0) * w for m, w in pairs) / total
-    return combined

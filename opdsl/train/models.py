@@ -65,7 +65,7 @@ def check_source(name: str, role: str) -> None:
         return
     if (
         os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        or not _hub_answers()
+        or not hub_answers()
     ):
         raise problem(
             "OPD404",
@@ -77,7 +77,7 @@ def check_source(name: str, role: str) -> None:
         )
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether a connection to the hub's host opens within HUB_TIMEOUT, name lookup included."""
     from urllib.parse import urlparse
 

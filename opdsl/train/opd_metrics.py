@@ -10,6 +10,7 @@ Shapes: N kept tokens of the batch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -267,7 +268,7 @@ class _Made:
 
 
 def merged(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One record of a whole batch from those of its parts (processes, say), by `Metric.how`.
+    """One record of a whole batch from those of its parts, by `Metric.how`.
 
     Means weigh by `tokens`; a standard deviation joins with its mean, so that the result is that
     of the whole. Figures some parts lack are joined over those that have them.
@@ -288,12 +289,12 @@ def _join(key: str, how: str, have: Sequence[Mapping[str, Any]]) -> float:
     if how == "same":
         return values[0]
     if how in ("sum", "max", "min"):
-        return {"sum": sum, "max": max, "min": min}[how](values)
+        return {"sum": math.fsum, "max": max, "min": min}[how](values)
     weights = [float(r.get("tokens", 1)) for r in have]
-    total = sum(weights) or 1.0
+    total = math.fsum(weights) or 1.0
     if how == "std":
         means = [r.get(key.replace("_std", "_mean"), 0.0) for r in have]
-        mean = sum(m * w for m, w in zip(means, weights)) / total
-        square = sum((s * s + m * m) * w for s, m, w in zip(values, means, weights)) / total
+        mean = math.fsum(m * w for m, w in zip(means, weights)) / total
+        square = math.fsum((s * s + m * m) * w for s, m, w in zip(values, means, weights)) / total
         return max(0.0, square - mean * mean) ** 0.5
-    return sum(v * w for v, w in zip(values, weights)) / total
+    return math.fsum(v * w for v, w in zip(values, weights)) / total

@@ -9,7 +9,7 @@ Shapes: B rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,12 @@ class Outcomes:
             rows = rows.select(judged, "verifier error")
             outcome_B = outcome_B[torch.tensor(judged, dtype=torch.long, device=outcome_B.device)]
         return rows, outcome_B, record
+
+    def memory(self) -> dict[str, int]:
+        return {"silent": self.silent}
+
+    def remember(self, record: Mapping[str, int]) -> None:
+        self.silent = int(record.get("silent", 0))
 
     def _count(self, verdicts: Sequence[Verdict], step: int) -> None:
         errors = [v.error for v in verdicts if v.score is None]

@@ -45,16 +45,6 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return columns
 
 
-def parse_row(
-    line: bytes, columns: Mapping[str, str] | None = None
-) -> tuple[dict[str, Any], str | None]:
-    """One JSON line as (messages, reference, response, fields) and, if it is bad, why."""
-    try:
-        return check_row(decode(line), columns or {}), None
-    except Fault as fault:
-        return {}, str(fault)
-
-
 def decode(line: bytes | str) -> Any:
     """The JSON value of one line. Raises Fault: bytes that are not UTF-8, text that is not JSON,
     NaN or Infinity, a key that is there twice, nesting without end."""

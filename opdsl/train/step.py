@@ -20,11 +20,12 @@ import torch
 
 from opdsl.train import guards
 from opdsl.train.critic import Critic, lambda_returns
-from opdsl.train.errors import BatchDropped, GuardStop, out_of_memory
-from opdsl.train.forward import Cut, Forward, combine
-from opdsl.train.memory import is_out_of_memory, within_memory
+from opdsl.train.errors import BatchDropped, GuardStop
+from opdsl.train.forward import Cut, Forward
+from opdsl.train.memory import within_memory
 from opdsl.train.meters import Meters
 from opdsl.train.metrics import Stopwatch
+from opdsl.train.opd_metrics import merged
 from opdsl.train.outcomes import Outcomes
 from opdsl.train.rewards import Rewards
 from opdsl.train.rollout import NonFiniteLogits
@@ -124,14 +125,11 @@ class Engine:
     def _drawn(self, step: int) -> Rows:
         """The rows of a step; memory that runs out is seen to by `States`."""
         try:
-            rows = self.states.rows(step)
+            doing = (step + 1, "sampling responses")
+            rows = within_memory(lambda: self.states.rows(step), place=doing)
         except NonFiniteLogits as bad:
             what = "the output of the policy that was sampled"
             raise GuardStop(what, step + 1, bad.row, bad.position, self._first(step)) from None
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise out_of_memory(step + 1, "sampling responses", 1, str(error)) from None
         if self.states.halved:
             self._count("times memory ran out (rows sampled halved)", self.states.halved)
             self.states.halved = 0
@@ -152,14 +150,11 @@ class Engine:
                 self._count("times memory ran out (rows per teacher pass halved)")
             return size > 1
 
-        try:
-            scores = within_memory(
-                lambda: teacher.score(rows.prompts, rows.tokens, rows.lengths, ids_BTK), smaller
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise out_of_memory(step + 1, f"teacher {teacher.name} scored", 1, str(error)) from None
+        scores = within_memory(
+            lambda: teacher.score(rows.prompts, rows.tokens, rows.lengths, ids_BTK),
+            smaller,
+            (step + 1, f"teacher {teacher.name} scored"),
+        )
         guards.guard_scores(
             f"the score of teacher {teacher.name}", scores, rows, step + 1, self.data
         )
@@ -252,12 +247,7 @@ class Engine:
             self._count("times memory ran out (rows per pass halved)")
             return True
 
-        try:
-            return within_memory(gradient, smaller)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise out_of_memory(step + 1, "computing the gradient", 1, str(error)) from None
+        return within_memory(gradient, smaller, (step + 1, "computing the gradient"))
 
     def _measured(self, rows: Rows, states, given: dict, parts, step: int) -> dict[str, Any]:
         """What is watched beside the loss; nothing of it enters the update."""
@@ -322,7 +312,7 @@ class Engine:
             if cut is not None:
                 cut.backward()
         measured = self._measured(rows, main.states, given, parts, step)
-        return _record(loss, measured, combine(metrics))
+        return _record(loss, measured, merged(metrics))
 
     # ---- critics ---------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ against 4 to 5 (plus two or three teacher products) for kernels which recompute 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -134,11 +135,15 @@ class _Deliver(torch.autograd.Function):
     def backward(ctx, grad_total):
         # reading the number on a GPU would wait for it
         as_is = grad_total.device.type == "cpu" and float(grad_total) == 1.0
-        scaled = (
-            None if saved is None else (saved if as_is else torch.mul(saved, grad_total)).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.types)
-        )
-        return (*scaled, None, None, None, None)
+
+        def scaled(saved: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            if saved is None or as_is:
+                return None if saved is None else saved.to(dtype)
+            # written in its own type: no second float32 copy of a large head's gradient
+            return torch.mul(saved, grad_total, out=torch.empty_like(saved, dtype=dtype))
+
+        found = (scaled(x, t) for x, t in zip(ctx.saved_tensors, ctx.types))
+        return (*found, None, None, None, None)
 
 
 def _pass(
@@ -178,8 +183,8 @@ def _pass(
             logits[name] = source.logits(where)
         chunk_rows = {name: row[where] for name, row in rows.items()}
         # processes that share a vocabulary make the same calls: strips go by a process's threads
-        run = _in_strips if head.shard is None else _at_once
-        value_n, cotangent_nV, chunk_extras = run(program, logits, chunk_rows)
+        run = program if head.shard is not None else partial(_in_strips, program)
+        value_n, cotangent_nV, chunk_extras = run(logits, chunk_rows)
         _check_result(value_n, cotangent_nV, stop - start, head.width)
         values[where] = value_n.to(values.dtype)
         for name, extra in chunk_extras.items():
@@ -200,10 +205,6 @@ def _pass(
         if gradients.hidden is not None and kept is not None:
             gradients.hidden[where] = dhidden_nH
     return values, extras
-
-
-def _at_once(program: Program, logits: dict[str, Tensor], rows: dict[str, Tensor]):
-    return program(logits, rows)
 
 
 def _in_strips(

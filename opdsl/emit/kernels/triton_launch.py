@@ -25,6 +25,7 @@ from torch import Tensor
 from opdsl.emit import prelude, triton_available
 from opdsl.emit.kernels.triton_calls import learn, mask, mass, pieces, scored
 from opdsl.emit.module import _ALLOWED, _ROOTS
+from opdsl.emit.told import tell_once
 from opdsl.emit.triton_rows import Generated, generate
 from opdsl.emit.triton_source import Kernel, Unsupported, check_kernel
 from opdsl.ir.stages import Stage, Staged
@@ -66,15 +67,11 @@ def trial(device: torch.device) -> str:
     return "" if right else "a first kernel gave a wrong number"
 
 
-_told: set[str] = set()
-
-
 def tell(reason: str) -> None:
     """Prints once why rows run without kernels. A CPU, or a wish, is no surprise."""
     expected = "rows are on" in reason or reason.startswith("OPDSL_TRITON")
-    if reason and reason not in _told and not expected:
-        _told.add(reason)
-        print(f"opdsl: no Triton row kernels: {reason}", file=sys.stderr)
+    if reason and not expected:
+        tell_once(f"no Triton row kernels: {reason}")
 
 
 def usable(device: torch.device, like: torch.dtype) -> bool:
